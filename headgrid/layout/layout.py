@@ -1,0 +1,133 @@
+"""A layout: how P = dp x pp x n x m devices share one transformer. A frozen value; all else is derived from it."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from headgrid.errors import InvalidLayout
+
+Exchange = Literal["none", "gather", "batch", "independent"]
+"""How the m ranks of a head group make attention exact; `independent` (no exchange) is wrong and only a control."""
+Output = Literal["reduce", "concat"]
+Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
+
+EXCHANGES: tuple[str, ...] = ("gather", "batch")
+OUTPUTS: tuple[str, ...] = get_args(Output)
+EXAMPLES = ("tp8pp2", "dp16", "n4m4:batch", "n4m4:gather+concat")
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank sits: replica, pipeline stage, head group i and channel slice j."""
+
+    dp: int
+    pp: int
+    head_group: int
+    slice: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """n head groups x m channel slices share a layer; pp stages share the layers; dp replicas share the batch.
+
+    Ranks are numbered with the slice varying fastest, then head group, stage, replica, so that the slices of a
+    head group sit on neighbouring devices.
+    """
+
+    num_head_groups: int = 1
+    num_dim_slices: int = 1
+    pp: int = 1
+    dp: int = 1
+    exchange: Exchange = "none"
+    output: Output = "reduce"
+
+    def __post_init__(self) -> None:
+        """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
+        for field in ("num_head_groups", "num_dim_slices", "pp", "dp"):
+            if getattr(self, field) < 1:
+                raise InvalidLayout(f"{field} = {getattr(self, field)} is not a positive whole number")
+        if self.num_dim_slices > 1 and self.exchange == "none":
+            head = f"n{self.num_head_groups}m{self.num_dim_slices}"
+            raise InvalidLayout(
+                f"{self.num_dim_slices} slices of every head need an exchange",
+                why="softmax needs whole scores, and each slice holds only a part of every sum",
+                legal=tuple(f"{head}:{name}" for name in EXCHANGES),
+            )
+        if self.num_dim_slices == 1 and self.exchange != "none":
+            raise InvalidLayout(f"exchange {self.exchange!r} has nothing to exchange: there is one slice (m = 1)")
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share one layer: n x m."""
+        return self.num_head_groups * self.num_dim_slices
+
+    @property
+    def ranks(self) -> int:
+        """All ranks: dp x pp x n x m."""
+        return self.dp * self.pp * self.tp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """The position of `rank`, 0 <= rank < ranks."""
+        if not 0 <= rank < self.ranks:
+            raise ValueError(f"rank {rank} is not one of {self.ranks}")
+        rest, j = divmod(rank, self.num_dim_slices)
+        rest, i = divmod(rest, self.num_head_groups)
+        replica, stage = divmod(rest, self.pp)
+        return Coordinates(replica, stage, i, j)
+
+    def rank(self, at: Coordinates) -> int:
+        """The inverse of `coordinates`."""
+        return ((at.dp * self.pp + at.pp) * self.num_head_groups + at.head_group) * self.num_dim_slices + at.slice
+
+    def tp_index(self, at: Coordinates) -> int:
+        """i x m + j: the position among the ranks that share a layer."""
+        return at.head_group * self.num_dim_slices + at.slice
+
+    def axis_ranks(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
+        """The groups of ranks along a mesh axis: they cover all ranks, each exactly once."""
+        fixed = {
+            "dp": lambda c: (c.pp, c.head_group, c.slice),
+            "pp": lambda c: (c.dp, c.head_group, c.slice),
+            "tp_head": lambda c: (c.dp, c.pp, c.slice),
+            "tp_slice": lambda c: (c.dp, c.pp, c.head_group),
+            "tp": lambda c: (c.dp, c.pp),
+        }[axis]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.ranks):
+            groups.setdefault(fixed(self.coordinates(rank)), []).append(rank)
+        return tuple(tuple(group) for group in groups.values())
+
+    def __str__(self) -> str:
+        """The notation of the command line: `parse_layout(str(layout)) == layout`."""
+        n, m = self.num_head_groups, self.num_dim_slices
+        degrees = f"n{n}m{m}" if m > 1 else f"tp{n}" if n > 1 or self.ranks == 1 else ""
+        degrees += "".join(f"{axis}{size}" for axis, size in (("pp", self.pp), ("dp", self.dp)) if size > 1)
+        options = [self.exchange] * (m > 1) + [self.output] * (self.output != "reduce")
+        return degrees + (":" + "+".join(options) if options else "")
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that `text` names, such as tp8pp2, dp16, n4m4:batch, n4m4pp2dp2:gather+concat.
+
+    Raises InvalidLayout that shows examples.
+    """
+    degrees, _, options = text.strip().partition(":")
+    parts = re.findall(r"(dp|pp|tp|n|m)([1-9][0-9]{0,5})", degrees)
+    sizes = {axis: int(size) for axis, size in parts}
+    if not parts or "".join(a + s for a, s in parts) != degrees or len(sizes) != len(parts):
+        raise InvalidLayout(f"{text!r} is not a layout", why="write degrees, then : and options", legal=EXAMPLES)
+    if "tp" in sizes and ("n" in sizes or "m" in sizes):
+        raise InvalidLayout(f"{text!r} names tp beside n or m", why="tpN means nNm1", legal=EXAMPLES)
+    known = {name: "exchange" for name in get_args(Exchange) if name != "none"} | {name: "output" for name in OUTPUTS}
+    chosen: dict[str, str] = {}
+    for option in filter(None, options.split("+")):
+        if option not in known or known[option] in chosen:
+            raise InvalidLayout(f"{option!r} in {text!r} is not an option, or is one too many", legal=(*EXCHANGES, *OUTPUTS))
+        chosen[known[option]] = option
+    return Layout(
+        num_head_groups=sizes.get("tp", sizes.get("n", 1)),
+        num_dim_slices=sizes.get("m", 1),
+        pp=sizes.get("pp", 1),
+        dp=sizes.get("dp", 1),
+        **chosen,  # type: ignore[arg-type]
+    )

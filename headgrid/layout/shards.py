@@ -1,0 +1,180 @@
+"""Which rank owns which part of which tensor.
+
+Rank (i, j) owns the query heads and KV heads of group i; of these, channels slice j of Q and K (whole RoPE pairs),
+channels slice j of V (contiguous), the matching columns of W_O, 1/P of the MLP's units and 1/P of the vocabulary.
+No matrix is stored twice, except that m = 1 with more ranks than KV heads copies KV heads, as vLLM does.
+"""
+
+from dataclasses import dataclass
+
+from headgrid.layout.layout import Layout
+from headgrid.layout.span import Span, Spans, balanced, merged, total
+from headgrid.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rank's part of a global tensor: the rows, and of a matrix the columns, in local order."""
+
+    shape: tuple[int, ...]
+    rows: Spans
+    cols: Spans | None = None
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the stored part."""
+        return (total(self.rows),) if self.cols is None else (total(self.rows), total(self.cols))
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the stored part."""
+        return total(self.rows) * (1 if self.cols is None else total(self.cols))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShard:
+    """The part of one attention layer that rank (i, j) owns.
+
+    `qk_channels` are channels of a head, as spans in local order; `v_channels` is contiguous.
+    """
+
+    heads: Span
+    kv_heads: Span
+    qk_channels: Spans
+    v_channels: Span
+
+    @property
+    def qk_width(self) -> int:
+        """Channels per Q or K head held here."""
+        return total(self.qk_channels)
+
+
+def head_groups(model: ModelSpec, layout: Layout) -> tuple[tuple[Span, Span], ...]:
+    """Query heads and KV heads of each head group. Only where n > K is a KV head in more than one group."""
+    n, k = layout.num_head_groups, model.num_kv_heads
+    heads = balanced(model.num_heads, n)
+    if n <= k:
+        return tuple(zip(heads, balanced(k, n), strict=True))
+    return tuple((span, Span(i * k // n, i * k // n + 1)) for i, span in enumerate(heads))
+
+
+def qk_channels(model: ModelSpec, num_slices: int) -> tuple[Spans, ...]:
+    """Channels of a Q or K head in each slice, covering all of them once.
+
+    With rotary positions (rotate-half: channel c turns with c + d/2) slices consist of whole pairs, first halves
+    before second halves, so that a slice is rotated like a small head. Otherwise slices are contiguous.
+    """
+    d = model.head_dim
+    if model.positions != "rotary":
+        return tuple((span,) for span in balanced(d, num_slices))
+    return tuple(merged((pairs, pairs.shift(d // 2))) for pairs in balanced(d // 2, num_slices))
+
+
+def head_shard(model: ModelSpec, layout: Layout, i: int, j: int) -> HeadShard:
+    """What rank (i, j) owns of one attention layer."""
+    heads, kv_heads = head_groups(model, layout)[i]
+    m = layout.num_dim_slices
+    return HeadShard(heads, kv_heads, qk_channels(model, m)[j], balanced(model.head_dim, m)[j])
+
+
+def head_shards(model: ModelSpec, layout: Layout) -> tuple[HeadShard, ...]:
+    """`head_shard` of every tp rank, in tp order (slice varies fastest)."""
+    n, m = layout.num_head_groups, layout.num_dim_slices
+    return tuple(head_shard(model, layout, i, j) for i in range(n) for j in range(m))
+
+
+def stage_layers(model: ModelSpec, layout: Layout) -> Spans:
+    """The layers of each pipeline stage."""
+    return balanced(model.num_layers, layout.pp)
+
+
+def _channels_of(heads: Span, channels: Spans, head_dim: int) -> Spans:
+    """Rows of a projection matrix [heads x head_dim, ...] that hold these channels of these heads."""
+    return merged(span.shift(head * head_dim) for head in range(heads.start, heads.stop) for span in channels)
+
+
+def _attention(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
+    at, d, hidden = layout.coordinates(rank), model.head_dim, Span(0, model.hidden_size)
+    mine = head_shard(model, layout, at.head_group, at.slice)
+    q_size, kv_size = model.num_heads * d, model.num_kv_heads * d
+    rows = {
+        "q": (q_size, _channels_of(mine.heads, mine.qk_channels, d)),
+        "k": (kv_size, _channels_of(mine.kv_heads, mine.qk_channels, d)),
+        "v": (kv_size, _channels_of(mine.kv_heads, (mine.v_channels,), d)),
+    }
+    shards = {f"{name}.weight": Shard((size, len(hidden)), spans, (hidden,)) for name, (size, spans) in rows.items()}
+    if layout.output == "reduce":
+        out_rows, out_cols = (hidden,), _channels_of(mine.heads, (mine.v_channels,), d)
+    else:  # W_O by output columns; its inputs in the order in which the gathered heads arrive
+        out_rows = (balanced(hidden, layout.tp)[layout.tp_index(at)],)
+        owners = head_shards(model, layout)
+        out_cols = merged(s for o in owners for s in _channels_of(o.heads, (o.v_channels,), d))
+    shards["o.weight"] = Shard((len(hidden), q_size), out_rows, out_cols)
+    if model.linear_bias:
+        shards |= {f"{name}.bias": Shard((size,), spans) for name, (size, spans) in rows.items()}
+        shards["o.bias"] = Shard((len(hidden),), out_rows)
+    return shards
+
+
+def _mlp(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
+    hidden, size = Span(0, model.hidden_size), model.mlp_hidden_size
+    units = balanced(size, layout.tp)[layout.tp_index(layout.coordinates(rank))]
+    shards = {
+        "up.weight": Shard((size, len(hidden)), (units,), (hidden,)),
+        "down.weight": Shard((len(hidden), size), (hidden,), (units,)),
+    }
+    if model.linear_bias:
+        shards |= {"up.bias": Shard((size,), (units,)), "down.bias": Shard((len(hidden),), (hidden,))}
+    return shards
+
+
+def parameters(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
+    """Every tensor that `rank` stores, by its global name, in the order of the forward pass."""
+    at, width = layout.coordinates(rank), model.hidden_size
+    hidden, vocab = Span(0, width), balanced(model.vocab_size, layout.tp)[layout.tp_index(at)]
+    norm = {"weight": Shard((width,), (hidden,)), "bias": Shard((width,), (hidden,))}
+    table = Shard((model.vocab_size, width), (vocab,), (hidden,))
+    first, last = at.pp == 0, at.pp == layout.pp - 1
+    result: dict[str, Shard] = {}
+    if first or (last and model.tied_embeddings):
+        result["embedding.weight"] = table
+    if first and model.positions == "learned":
+        result["positions.weight"] = Shard((model.max_positions, width), (Span(0, model.max_positions),), (hidden,))
+    layers = stage_layers(model, layout)[at.pp]
+    for layer in range(layers.start, layers.stop):
+        for part, shards in (("attention", _attention(model, layout, rank)), ("mlp", _mlp(model, layout, rank))):
+            result |= {f"layers.{layer}.{part}.norm.{name}": shard for name, shard in norm.items()}
+            result |= {f"layers.{layer}.{part}.{name}": shard for name, shard in shards.items()}
+    if last:
+        result |= {f"final.norm.{name}": shard for name, shard in norm.items()}
+        if not model.tied_embeddings:
+            result["head.weight"] = table
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One rank's place in the partition, for drawings and tables."""
+
+    rank: int
+    dp: int
+    pp: int
+    head_group: int
+    slice: int
+    heads: Span
+    kv_heads: Span
+    channels: Spans
+    layers: Span
+
+
+def partition(model: ModelSpec, layout: Layout) -> tuple[Cell, ...]:
+    """Which heads, channels (of Q and K) and layers every rank owns."""
+    layers = stage_layers(model, layout)
+    cells: list[Cell] = []
+    for rank in range(layout.ranks):
+        at = layout.coordinates(rank)
+        own = head_shard(model, layout, at.head_group, at.slice)
+        cells.append(
+            Cell(rank, at.dp, at.pp, at.head_group, at.slice, own.heads, own.kv_heads, own.qk_channels, layers[at.pp])
+        )
+    return tuple(cells)

@@ -1,0 +1,1 @@
+"""Executes a layout with torch: mesh, collectives, attention, layers, pipeline, cache, engine."""

@@ -1,0 +1,65 @@
+"""Attention of one rank, without communication: prefill over fresh keys, decode over the cache."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from headgrid.runtime.kernels import split_kv
+
+_FAST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The position of decode's query, which is also the last key: on the host, and on the device for CUDA graphs."""
+
+    host: int
+    device: Tensor
+
+
+def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention. q [b, s, H, d], k [b, s, K, d], v [b, s, K, dv], H a multiple of K; returns [b, s, H, dv]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    backend = sdpa_kernel(_FAST_FIRST, set_priority=True) if q.is_cuda else nullcontext()
+    with backend:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(1, 2)
+
+
+def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position, scale: float) -> Tensor:
+    """One query for each sequence over keys 0..position.
+
+    q [b, 1, H, d], k_cache [b, K, S, d], v_cache [b, K, S, dv]; returns [b, 1, H, dv].
+    """
+    if q.is_cuda:
+        return split_kv.decode(q, k_cache, v_cache, position.device, scale)
+    length = position.host + 1
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k_cache[:, :, :length],
+        v_cache[:, :, :length],
+        scale=scale,
+        enable_gqa=q.shape[2] != k_cache.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position | None) -> None:
+    """Write keys and values [b, s, K, d] into the cache [b, K, S, d]: from 0 on, or at `position` (s = 1)."""
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        rows = new.transpose(1, 2)
+        if position is None:
+            cache[:, :, : rows.shape[2]] = rows
+        else:
+            cache.index_copy_(2, position.device, rows)
+
+
+def empty_result(q: Tensor, v: Tensor) -> Tensor:
+    """What attention gives for no sequences: [0, s, H, dv]."""
+    return torch.empty(0, q.shape[1], q.shape[2], v.shape[3], dtype=q.dtype, device=q.device)

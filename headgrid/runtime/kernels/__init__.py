@@ -1,0 +1,1 @@
+"""Triton kernels. Imported lazily: a machine without CUDA needs no Triton."""

@@ -1,0 +1,218 @@
+"""One rank's part of the transformer: its stage's layers, of each layer its shard.
+
+Shapes: a micro-batch has b sequences and s positions, T = b s tokens; D hidden size; P' = n m ranks share a layer.
+The residual x [b, s, D] is whole on every rank of a stage. Each half of a layer adds a sum over ranks to it:
+    x += all_reduce( attention_ij(norm(x)) W_O[(heads i, channels j), :] )
+    x += all_reduce( gelu(norm(x) W_up[:, units]) W_down[units, :] )
+With output `concat` the heads' outputs are all-gathered instead, W_O is owned by columns, and these are all-gathered.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from headgrid.layout.batching import MicroBatch, owned_rows
+from headgrid.layout.layout import Layout
+from headgrid.layout.shards import head_shards, parameters, qk_channels, stage_layers
+from headgrid.layout.span import Span, balanced
+from headgrid.runtime import attention
+from headgrid.runtime.attention import Position
+from headgrid.runtime.cache import KVCache
+from headgrid.runtime.exchange import EXCHANGES, Slices
+from headgrid.runtime.mesh import Mesh
+from headgrid.spec.model import ModelSpec
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The local weights of one layer; `qkv` stacks the rows of W_Q, W_K, W_V."""
+
+    attention_norm: tuple[Tensor, Tensor]
+    qkv: tuple[Tensor, Tensor | None]
+    o: tuple[Tensor, Tensor | None]
+    mlp_norm: tuple[Tensor, Tensor]
+    up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+
+
+def load(model: ModelSpec, layout: Layout, rank: int, get: Callable[..., Tensor]) -> Weights:
+    """Every tensor of `rank`: `get(name, shard)` returns the shard; Q, K and V of a layer share one `qkv` tensor."""
+    shards = parameters(model, layout, rank)
+    weights: Weights = {}
+    for name, shard in shards.items():
+        stem, part, kind = name.rpartition(".")[0].rpartition(".")[0], *name.split(".")[-2:]
+        if part not in ("q", "k", "v"):
+            weights[name] = get(name, shard)
+        elif part == "q":
+            trio = [f"{stem}.{p}.{kind}" for p in ("q", "k", "v")]
+            weights[f"{stem}.qkv.{kind}"] = _stacked([shards[n].local_shape for n in trio], trio, shards, get)
+    return weights
+
+
+def _stacked(shapes: list[tuple[int, ...]], names: list[str], shards: dict, get: Callable[..., Tensor]) -> Tensor:
+    """The named shards below each other, each filled in as it is drawn, so that at most one is held twice."""
+    heights = [shape[0] for shape in shapes]
+    first = get(names[0], shards[names[0]])
+    whole = first.new_empty(sum(heights), *shapes[0][1:])
+    for name, rows in zip(names, whole.split(heights), strict=True):
+        rows.copy_(first if name == names[0] else get(name, shards[name]))
+    return whole
+
+
+def _layer(weights: Weights, index: int) -> Layer:
+    def linear(name: str) -> tuple[Tensor, Tensor | None]:
+        return weights[f"layers.{index}.{name}.weight"], weights.get(f"layers.{index}.{name}.bias")
+
+    def norm(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"layers.{index}.{name}.norm.weight"], weights[f"layers.{index}.{name}.norm.bias"]
+
+    return Layer(
+        norm("attention"), linear("attention.qkv"), linear("attention.o"), norm("mlp"), linear("mlp.up"), linear("mlp.down")
+    )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn channel pairs (c, c + w/2) in place. x [b, s, heads, w]; cos, sin [s, 1, w/2] of the local pairs.
+
+    RoFormer (Su et al. 2021) in the rotate-half order of Hugging Face.
+    """
+    a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+    turned = a * cos - b * sin
+    b.mul_(cos).add_(a * sin)
+    a.copy_(turned)
+
+
+class Stage:
+    """The layers of one pipeline stage on one rank, with the weights, the KV cache and the mesh they use."""
+
+    def __init__(self, model: ModelSpec, layout: Layout, mesh: Mesh, weights: Weights, cache: KVCache, batch: int) -> None:
+        """`weights` as from `load`; `cache` with the shape of `layout.memory.cache_shape` for this `batch`."""
+        self.model, self.layout, self.mesh, self.weights, self.cache = model, layout, mesh, weights, cache
+        self.first, self.last = mesh.at.pp == 0, mesh.at.pp == layout.pp - 1
+        layers = stage_layers(model, layout)[mesh.at.pp]
+        self.layers = [_layer(weights, index) for index in range(layers.start, layers.stop)]
+        owners = head_shards(model, layout)
+        own = owners[layout.tp_index(mesh.at)]
+        group = owners[mesh.at.head_group * layout.num_dim_slices :][: layout.num_dim_slices]
+        widths = tuple(o.qk_width for o in group), tuple(len(o.v_channels) for o in group)
+        self.slices = Slices(len(own.heads), len(own.kv_heads), *widths, mesh.at.slice)
+        self.out_widths = [len(o.heads) * len(o.v_channels) for o in owners]
+        self.owned = owned_rows(layout, batch, mesh.rank)
+        self.vocab = balanced(model.vocab_size, layout.tp)
+        self.scale = 1 / math.sqrt(model.head_dim)
+        self.dtype, self.device = self.layers[0].qkv[0].dtype, self.layers[0].qkv[0].device
+        self.cos, self.sin = self._rotary_tables() if model.positions == "rotary" else (None, None)
+
+    def _rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """cos, sin [max_positions, 1, pairs] of this slice's channel pairs."""
+        half = self.model.head_dim // 2
+        pairs = qk_channels(self.model, self.layout.num_dim_slices)[self.mesh.at.slice]
+        mine = torch.tensor([c for span in pairs for c in range(span.start, span.stop) if c < half])
+        turns = self.model.rope_theta ** (-mine.double() / half)
+        angles = torch.arange(self.model.max_positions).double()[:, None, None] * turns
+        return tuple(f(angles).to(self.device, self.dtype) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch, position: Position | None) -> Tensor:
+        """One micro-batch through this stage.
+
+        `x`: token ids [b, s] on the first stage, else hidden states [b, s, D], which are overwritten. `position` is
+        None in prefill (positions 0..s-1) and the one query's position in decode. Returns hidden states [b, s, D],
+        or on the last stage the logits of the last position [b, vocab_size].
+        """
+        if self.first:
+            x = self._embed(x, position)
+        for index, layer in enumerate(self.layers):
+            x += self._attention(layer, index, x, micro_batch, position)
+            x += self._mlp(layer, x)
+        return self._logits(x) if self.last else x
+
+    def _embed(self, tokens: Tensor, position: Position | None) -> Tensor:
+        """Rows of the vocabulary that this rank owns, zero elsewhere, summed over the ranks: [b, s, D]."""
+        own = self.vocab[self.mesh.tp.index]
+        local = tokens - own.start
+        outside = (local < 0) | (local >= len(own))
+        x = F.embedding(local.masked_fill_(outside, 0), self.weights["embedding.weight"])
+        if self.mesh.tp.size > 1:
+            x.masked_fill_(outside[..., None], 0)
+        x = self.mesh.tp.all_reduce(x)
+        if self.model.positions == "learned":
+            x += self._at(self.weights["positions.weight"], tokens.shape[1], position)
+        return x
+
+    @staticmethod
+    def _at(table: Tensor, length: int, position: Position | None) -> Tensor:
+        """Rows of a table by position: 0..length-1, or the one of decode."""
+        return table[:length] if position is None else table.index_select(0, position.device)
+
+    def _norm(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(x, (self.model.hidden_size,), *norm, self.model.norm_eps)
+
+    def _attention(self, layer: Layer, index: int, x: Tensor, micro_batch: MicroBatch, position: Position | None) -> Tensor:
+        """The attention half of a layer before it is added: x [b, s, D] -> [b, s, D]."""
+        projections = F.linear(self._norm(x, layer.attention_norm), *layer.qkv)
+        if self.cos is not None and self.sin is not None:
+            length = x.shape[1]
+            tables = self._at(self.cos, length, position), self._at(self.sin, length, position)
+            for part in self.slices.split(projections, self.slices.index)[:2]:
+                rotate(part, *tables)
+        parts = micro_batch.parts
+        rows = parts[self.slices.index if len(parts) > 1 else 0].within(self.owned)
+        exchange = EXCHANGES[self.layout.exchange]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._attend(index, rows, q, k, v, position)
+
+        out = exchange(self.slices, self.mesh.tp_slice, [len(p) for p in parts], projections, attend)
+        del projections
+        return self._output(out, layer.o)
+
+    def _attend(self, index: int, rows: Span, q: Tensor, k: Tensor, v: Tensor, position: Position | None) -> Tensor:
+        """Store K and V of these cache rows, then attend: in prefill to what was just computed, else to the cache."""
+        if not len(rows):
+            return attention.empty_result(q, v)
+        caches = (self.cache.keys[index, rows.start : rows.stop], self.cache.values[index, rows.start : rows.stop])
+        attention.store(k, v, *caches, position)
+        if position is None:
+            return attention.prefill(q, k, v, self.scale)
+        return attention.decode(q, *caches, position, self.scale)
+
+    def _output(self, out: Tensor, o: tuple[Tensor, Tensor | None]) -> Tensor:
+        """W_O: out [b, s, H u] of this rank -> [b, s, D], complete on every rank."""
+        tp, (weight, bias) = self.mesh.tp, o
+        if self.layout.output == "reduce":
+            return self._row_parallel(out, weight, bias)
+        tokens = out.shape[:2]
+        heads = self._concat(out, self.out_widths)
+        columns = [len(span) for span in balanced(self.model.hidden_size, tp.size)]
+        return self._concat(F.linear(heads, weight, bias), columns).unflatten(0, tokens)
+
+    def _concat(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """All-gather the last dim over the tp axis: x [..., widths[index]] -> [T, sum(widths)]."""
+        tokens = math.prod(x.shape[:-1])
+        sizes = [tokens * width for width in widths]
+        parts = self.mesh.tp.all_gather(x.reshape(-1), sizes).split(sizes)
+        return torch.cat([part.view(tokens, -1) for part in parts], dim=-1)
+
+    def _row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [b, s, local] times weight [D, local], summed over the tp axis; the bias is added once."""
+        y = self.mesh.tp.all_reduce(F.linear(x, weight))
+        return y if bias is None else y.add_(bias)
+
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        """The MLP half of a layer before it is added: x [b, s, D] -> [b, s, D]."""
+        units = F.linear(self._norm(x, layer.mlp_norm), *layer.up)
+        torch.ops.aten.gelu_(units, approximate="tanh" if self.model.activation == "gelu_tanh" else "none")
+        return self._row_parallel(units, *layer.down)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """x [b, s, D] -> logits of the last position [b, vocab_size], whole on every rank of the stage."""
+        last = self._norm(x[:, -1], (self.weights["final.norm.weight"], self.weights["final.norm.bias"]))
+        tied = self.model.tied_embeddings
+        local = F.linear(last, self.weights["embedding.weight" if tied else "head.weight"])
+        return self._concat(local, [len(span) for span in self.vocab])

@@ -1,0 +1,1 @@
+"""What is run: model and workload as frozen values. Standard library only."""

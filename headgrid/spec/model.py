@@ -1,0 +1,87 @@
+"""The transformer as a value: sizes and choices, nothing executable."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+from headgrid.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only, pre-norm transformer. All sizes are global: no layout ever changes them.
+
+    Names are those of Hugging Face configs where one exists.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_hidden_size: int
+    vocab_size: int
+    max_positions: int
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10_000.0
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    norm_eps: float = 1e-5
+    linear_bias: bool = False
+    """Biases on every linear layer except the head (GPT-2 has them)."""
+    tied_embeddings: bool = False
+    attention_gain: float = 1.0
+    """Standard deviation of freshly drawn W_Q and W_K times sqrt(hidden_size).
+
+    Scores of such a model have a standard deviation near its square; at 1 attention is almost uniform, and then
+    an error in the attention hardly shows in the logits. Drawn models that serve as tests use 2 and more.
+    """
+
+    def __post_init__(self) -> None:
+        """Raise InvalidInput for sizes no transformer has."""
+        sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_hidden_size")
+        for field in (*sizes, "vocab_size", "max_positions"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInput(f"{field} = {value!r} is not a positive whole number", numbers=f"model {self.name}")
+        if self.num_heads % self.num_kv_heads:
+            raise InvalidInput(
+                f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly",
+                numbers=f"{self.num_heads} % {self.num_kv_heads} = {self.num_heads % self.num_kv_heads}",
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise InvalidInput(f"rotary positions need an even head_dim, not {self.head_dim}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weights, tied ones once."""
+        h, q, kv, f = self.hidden_size, self.num_heads, self.num_kv_heads, self.mlp_hidden_size
+        attention = h * self.head_dim * (2 * q + 2 * kv)
+        biases = (self.head_dim * (q + 2 * kv) + h + f + h) if self.linear_bias else 0
+        layer = attention + 2 * h * f + 4 * h + biases
+        tables = self.vocab_size * (1 if self.tied_embeddings else 2) + (
+            self.max_positions if self.positions == "learned" else 0
+        )
+        return self.num_layers * layer + tables * h + 2 * h
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def named_models() -> dict[str, ModelSpec]:
+    """The models of `data/models.toml`, by name."""
+    text = resources.files("headgrid.spec").joinpath("models.toml").read_text(encoding="utf-8")
+    return {name: ModelSpec(name=name, **fields) for name, fields in tomllib.loads(text).items()}
+
+
+def find_model(name: str) -> ModelSpec:
+    """The named model. Raises InvalidInput that lists the known names."""
+    models = named_models()
+    if name not in models:
+        raise InvalidInput(
+            f"no model is named {name!r}", legal=tuple(models), command=f"headgrid layouts --model {next(iter(models))}"
+        )
+    return models[name]

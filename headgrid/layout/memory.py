@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from headgrid.layout.batching import MicroBatch, owned_rows, prefill_micro_batches
+from headgrid.layout.activations import activations_peak_bytes, communication_buffer_bytes
+from headgrid.layout.batching import owned_rows
 from headgrid.layout.layout import Layout
-from headgrid.layout.shards import HeadShard, head_shard, parameters, stage_layers
-from headgrid.layout.span import balanced
+from headgrid.layout.shards import head_shard, parameters, stage_layers
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -51,25 +51,6 @@ def cache_shape(model: ModelSpec, layout: Layout, workload: Workload, rank: int)
     return CacheShape((*outer, k_width), (*outer, v_width))
 
 
-@dataclass(frozen=True, slots=True)
-class _Widths:
-    """Elements per token of what a layer holds."""
-
-    hidden: int
-    projections: int
-    q: int
-    v_heads: int
-    out: int
-    mlp: int
-
-
-def _widths(model: ModelSpec, layout: Layout, rank: int, own: HeadShard) -> _Widths:
-    heads, kv = len(own.heads), len(own.kv_heads)
-    out = heads * len(own.v_channels)
-    mlp = len(balanced(model.mlp_hidden_size, layout.tp)[layout.tp_index(layout.coordinates(rank))])
-    return _Widths(model.hidden_size, (heads + kv) * own.qk_width + kv * len(own.v_channels), heads, kv, out, mlp)
-
-
 def parameters_bytes(model: ModelSpec, layout: Layout, rank: int, element_bytes: int) -> int:
     """Bytes of all weights that `rank` stores."""
     return sum(shard.num_elements for shard in parameters(model, layout, rank).values()) * element_bytes
@@ -77,8 +58,10 @@ def parameters_bytes(model: ModelSpec, layout: Layout, rank: int, element_bytes:
 
 def predict(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Memory:
     """Memory of `rank` in a prefill, the phase with the most activations."""
-    e = workload.element_bytes
-    peak, buffer = 0, 0
+    args = (model, layout, workload, rank)
     return Memory(
-        parameters_bytes(model, layout, rank, e), cache_shape(model, layout, workload, rank).elements * e, peak, buffer
+        parameters_bytes(model, layout, rank, workload.element_bytes),
+        cache_shape(*args).elements * workload.element_bytes,
+        activations_peak_bytes(*args),
+        communication_buffer_bytes(*args),
     )

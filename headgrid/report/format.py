@@ -2,22 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 NOT_MEASURED = "not measured"
 MINUS = "\N{MINUS SIGN}"
+PER_CENT = "\N{NO-BREAK SPACE}%"
 TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def known(value: Any) -> bool:
+def known(value: Any) -> TypeGuard[float]:
     """Whether `value` is a number that can be printed."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def fixed(value: float | None, decimals: int) -> str:
     """`value` with thousands separators and so many decimals; negative ones round before the point."""
-    if value is None or not known(value):
+    if not known(value):
         return NOT_MEASURED
     return f"{round(value, decimals):,.{max(0, decimals)}f}".replace("-", MINUS)
 
@@ -29,14 +30,14 @@ def decimals_for(value: float, digits: int) -> int:
 
 def significant(value: float | None, digits: int = 3) -> str:
     """`value` with so many significant digits, never in exponential notation, whole numbers in full."""
-    if value is None or not known(value):
+    if not known(value):
         return NOT_MEASURED
-    return fixed(value, max(0, decimals_for(value, digits)))
+    return fixed(value, max(0, decimals_for(value, digits))) if value else "0"
 
 
 def scientific(value: float | None) -> str:
     """Two significant digits and a power of ten: 4.5 x 10^-7."""
-    if value is None or not known(value):
+    if not known(value):
         return NOT_MEASURED
     if value == 0:
         return "0"
@@ -44,17 +45,23 @@ def scientific(value: float | None) -> str:
     return f"{mantissa.replace('-', MINUS)} {TIMES} 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
 
 
-def percent(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """A share as per cent with `digits` significant digits; with `sign` also for gains."""
-    if value is None or not known(value):
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share as per cent with `digits` significant digits."""
+    if not known(value):
         return NOT_MEASURED
-    text = significant(abs(value) * 100, digits)
-    return (MINUS if value < 0 else "+" if sign and value > 0 else "") + f"{text} %"
+    return f"{significant(value * 100, digits)}{PER_CENT}"
+
+
+def change(value: float | None) -> str:
+    """A relative change as per cent with its sign and two decimals."""
+    if not known(value):
+        return NOT_MEASURED
+    return f"{value * 100:+,.2f}{PER_CENT}".replace("-", MINUS)
 
 
 def p_value(value: float | None) -> str:
     """A probability, as tables print it."""
-    if value is None or not known(value):
+    if not known(value):
         return NOT_MEASURED
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
@@ -64,27 +71,35 @@ def interval(ci95: Sequence[float] | None, decimals: int) -> str:
     return f"{fixed(ci95[0], decimals)} to {fixed(ci95[1], decimals)}" if ci95 else NOT_MEASURED
 
 
-def figure(values: Mapping[str, Any] | None, scale: float = 1.0) -> tuple[str, str, str]:
-    """Mean, 95 % interval and SD of a figure times `scale`.
+def spread_decimals(mean: float, spread: float) -> int:
+    """Decimals that show `spread` with two significant digits, within three and six of those of the mean."""
+    finest = decimals_for(mean, 6)
+    return max(decimals_for(mean, 3), min(finest, decimals_for(spread, 2) if spread else finest))
 
-    The interval's half width, or the SD without one, decides the digits: it is shown with two of its own.
-    """
+
+def figures(column: Sequence[Mapping[str, Any] | None], scale: float = 1.0) -> list[tuple[str, str, str]]:
+    """Mean, 95 % interval and SD of each figure of a column times `scale`, all with the same decimals."""
+    found = [values for values in column if values]
+    decimals = max((spread_decimals(v["mean"] * scale, _spread(v) * scale) for v in found), default=0)
+    return [_figure(values, scale, decimals) for values in column]
+
+
+def _figure(values: Mapping[str, Any] | None, scale: float, decimals: int) -> tuple[str, str, str]:
     if values is None:
-        return (NOT_MEASURED,) * 3
+        return NOT_MEASURED, NOT_MEASURED, NOT_MEASURED
     ci95 = [edge * scale for edge in values["ci95"]] if values["ci95"] else None
-    mean, sd = values["mean"] * scale, values["sd"] * scale if values["sd"] is not None else None
-    spread = (ci95[1] - ci95[0]) / 2 if ci95 else sd
-    decimals = min(decimals_for(spread, 2) if spread else 99, decimals_for(mean, 6))
-    decimals = max(decimals, decimals_for(mean, 3))
-    return fixed(mean, decimals), interval(ci95, decimals), fixed(sd, decimals + 1)
+    sd = None if values["sd"] is None else values["sd"] * scale
+    return fixed(values["mean"] * scale, decimals), interval(ci95, decimals), fixed(sd, decimals)
+
+
+def _spread(values: Mapping[str, Any]) -> float:
+    """Half the interval, or the SD without one, or 0."""
+    return (values["ci95"][1] - values["ci95"][0]) / 2 if values["ci95"] else values["sd"] or 0.0
 
 
 def ratio(value: float | None, ci95: Sequence[float] | None) -> tuple[str, str]:
-    """A throughput ratio and its interval with three decimals, more if the interval needs them."""
-    decimals = 3
-    if ci95 and ci95[1] > ci95[0]:
-        decimals = min(5, max(3, decimals_for(ci95[1] - ci95[0], 2)))
-    return fixed(value, decimals), interval(ci95, decimals)
+    """A throughput ratio and its interval."""
+    return fixed(value, 4), interval(ci95, 4)
 
 
 BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
@@ -97,7 +112,7 @@ def byte_unit(largest: float) -> tuple[str, int]:
 
 def size(value: float | None) -> str:
     """Bytes in their own unit, three significant digits."""
-    if value is None or not known(value):
+    if not known(value):
         return NOT_MEASURED
     name, unit = byte_unit(value)
     return f"{significant(value / unit)} {name}"

@@ -8,12 +8,12 @@ from markupsafe import Markup
 from headgrid.layout.layout import Layout
 from headgrid.layout.shards import Cell, partition
 from headgrid.layout.span import Span
-from headgrid.report.format import ranks
+from headgrid.report.format import TIMES, ranks
 from headgrid.report.svg import INK, MUTED, PAPER, inline
 from headgrid.spec.model import ModelSpec
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 374, 300, 46, 6, 34
-TEXT = 11
+TEXT = 10
 MIN_LABEL_WIDTH, MIN_LABEL_HEIGHT = 17, 12
 
 
@@ -39,7 +39,7 @@ def _y(model: ModelSpec, head: int) -> float:
 def _colour(cell: Cell, layout: Layout) -> str:
     """A hue for each head group, from dark to light over its slices; dark text reads on all of them."""
     hue = (215 + 360 * cell.head_group / layout.num_head_groups) % 360
-    return f"hsl({hue:.0f} 48% {62 + 24 * cell.slice / layout.num_dim_slices:.0f}%)"
+    return f"hsl({hue:.0f} 42% {62 + 24 * cell.slice / layout.num_dim_slices:.0f}%)"
 
 
 def _rectangle(root: Element, model: ModelSpec, cell: Cell, channels: Span, colour: str) -> None:
@@ -102,7 +102,9 @@ def caption(model: ModelSpec, layout: Layout) -> str:
     """What the drawing cannot show: slices, stages, replicas, and whether KV heads are copied."""
     n, m = layout.num_head_groups, layout.num_dim_slices
     cells = partition(model, layout)
-    parts = [f"{_count(n, 'head group')} × {_count(m, 'channel slice')}." if m > 1 else f"{_count(n, 'head group')}."]
+    parts = [
+        f"{_count(n, 'head group')} {TIMES} {_count(m, 'channel slice')}." if m > 1 else f"{_count(n, 'head group')}."
+    ]
     owners = [cell.kv_heads for cell in cells if cell.dp == cell.pp == cell.slice == 0]
     copies = sum(len(span) for span in owners) / model.num_kv_heads
     kv_heads = _count(model.num_kv_heads, "KV head")
@@ -110,12 +112,8 @@ def caption(model: ModelSpec, layout: Layout) -> str:
     if layout.pp > 1:
         parts.append(f"{layout.pp} pipeline stages: {'; '.join(_stages(cells, layout))}. All are cut alike.")
     if layout.dp > 1:
-        parts.append(
-            f"{layout.dp} replicas, each with its own sequences; replica 0 is drawn,"
-            f" the next ones follow on every {layout.ranks // layout.dp}th rank."
-            if layout.ranks > layout.dp
-            else f"{layout.dp} replicas of one rank each, each with its own sequences; rank 0 is drawn."
-        )
+        step = layout.ranks // layout.dp
+        parts.append(f"{layout.dp} replicas, each with its own sequences; the ranks of replica k are {step} k higher.")
     return " ".join(parts)
 
 

@@ -15,9 +15,9 @@ from headgrid.report.format import NOT_MEASURED, duration, percent, ratio, signi
 from headgrid.report.svg import BAD, BAND, GOOD, INK, MUTED, PAPER, RULE, SERIES, inline
 
 WIDTH = 5.2  # inches of 72 units: half of a desktop page, all of a phone's
-WIDE = 8.6
+WIDE = 11.0
 TEXT = 10.5
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
     "svg.hashsalt": "headgrid",
     "text.parse_math": False,  # a label with a dollar sign is a label
@@ -69,13 +69,12 @@ def bars(name: str, arms: Sequence[Mapping[str, Any]], key: str, scale: float, u
             spread = 2 * scale * (values["sd"] or 0.0)
             if spread:
                 axes.errorbar(means[row], row, xerr=spread, color=INK, capsize=3.5, linewidth=1.2, capthick=1.2)
-            text = f" {significant(means[row], 4)}"
-            axes.text(means[row] + spread, row, text, va="center", fontsize=TEXT - 1)
+            text, place = significant(means[row], 4), (means[row] + spread, row)
+            axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=TEXT - 1)
         axes.set_yticks(range(len(shown)), [short(label) for label, _ in shown], color=INK)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.22 * max(mean + 2 * scale * (v["sd"] or 0.0) for mean, (_, v) in zip(means, shown, strict=True)))
-        axes.grid(axis="x", color=RULE, linewidth=0.6)
-        axes.set_xlabel(f"{unit}, bars of ±2 SD")
+        axes.set_xlim(0, 1.2 * max(scale * (values["mean"] + 2 * (values["sd"] or 0.0)) for _, values in shown))
+        axes.set_xlabel(f"{unit}; error bars ±2 SD")
         parts = (f"{label} {significant(mean, 4)}" for (label, _), mean in zip(shown, means, strict=True))
         return _finish(figure, name, f"Bar chart, {unit}: {'; '.join(parts)}.")
 
@@ -121,7 +120,7 @@ def _mark_launches(axes: Axes, place: Mapping[Any, int]) -> None:
     firsts = {}
     for key, index in place.items():
         firsts.setdefault(key.launch, index)
-    for launch, index in list(firsts.items())[1:]:
+    for index in list(firsts.values())[1:]:
         axes.axvline(index - 0.5, color=RULE, linewidth=0.8)
     axes.set_xticks(list(firsts.values()), [f"launch {k}" if k == min(firsts) else str(k) for k in firsts], ha="left")
 
@@ -145,12 +144,22 @@ def ratios(name: str, rows: Sequence[Mapping[str, Any]], margin: float) -> Marku
             fill = colour if row["ci95"] else PAPER
             axes.plot(row["ratio"], index, "o", color=colour, markerfacecolor=fill, markersize=5)
             text = f"{short(row['a'])} / {short(row['b'])}"
-            axes.annotate(text, (0, index - 0.28), ("axes fraction", "data"), va="bottom", fontsize=TEXT - 1.5)
+            axes.annotate(
+                text,
+                (0, index - 0.2),
+                xycoords=("axes fraction", "data"),
+                va="bottom",
+                fontsize=TEXT - 1.5,
+                bbox=_CLEAR,
+            )
         axes.set_xlim(left - pad, right + pad)
         axes.set_ylim(len(shown) - 0.6, -0.95)
         axes.set_yticks([])
-        axes.set_xlabel(f"throughput ratio, 95 % interval; band: ±{margin:.3g} margin".replace(f"{margin:.3g}", percent(margin)))
+        axes.set_xlabel(f"throughput ratio with 95 % interval; band: margin of ±{percent(margin)}")
         return _finish(figure, name, f"Throughput ratios: {'; '.join(map(_ratio_text, shown))}.")
+
+
+_CLEAR = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
 
 
 def _ratio_text(row: Mapping[str, Any]) -> str:

@@ -22,7 +22,9 @@ class Position:
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention. q [b, s, H, d], k [b, s, K, d], v [b, s, K, dv], H a multiple of K; returns [b, s, H, dv]."""
+    """Causal attention. q [b, s, H, d], k [b, s, K, d], v [b, s, K, u], H a multiple of K; returns [b, s, H, u]."""
+    if not q.is_cuda and k.shape[-1] != v.shape[-1]:
+        return _plain(q, k.transpose(1, 2), v.transpose(1, 2), scale, causal=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     backend = sdpa_kernel(_FAST_FIRST, set_priority=True) if q.is_cuda else nullcontext()
     with backend:
@@ -35,19 +37,37 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position, scale: float) -> Tensor:
     """One query for each sequence over keys 0..position.
 
-    q [b, 1, H, d], k_cache [b, K, S, d], v_cache [b, K, S, dv]; returns [b, 1, H, dv].
+    q [b, 1, H, d], k_cache [b, K, S, d], v_cache [b, K, S, u]; returns [b, 1, H, u].
     """
     if q.is_cuda:
         return split_kv.decode(q, k_cache, v_cache, position.device, scale)
-    length = position.host + 1
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k_cache[:, :, :length],
-        v_cache[:, :, :length],
-        scale=scale,
-        enable_gqa=q.shape[2] != k_cache.shape[1],
-    )
-    return out.transpose(1, 2)
+    k, v = (cache[:, :, : position.host + 1] for cache in (k_cache, v_cache))
+    if k.shape[-1] != v.shape[-1]:
+        return _plain(q, k, v, scale, causal=False)
+    gqa = q.shape[2] != k.shape[1]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=gqa).transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
+    """Attention by its definition, a sequence at a time, for a CPU where V's heads are narrower than K's.
+
+    torch's fused CPU kernel wants equal widths and its fallback holds several copies of the scores.
+    q [b, s, H, d], k [b, K, S, d], v [b, K, S, u] -> [b, s, H, u]; 16-bit inputs are computed in fp32.
+    """
+    (b, s, heads, _), length, group = q.shape, k.shape[2], q.shape[2] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mask = torch.ones(s, length, dtype=torch.bool, device=q.device).triu_(1) if causal else None
+    out = q.new_empty(b, s, heads, v.shape[3])
+    for i in range(b):
+        keys, values = (x[i].to(wide) if group == 1 else x[i].repeat_interleave(group, 0).to(wide) for x in (k, v))
+        scores = torch.bmm(q[i].transpose(0, 1).to(wide), keys.transpose(1, 2)).mul_(scale)
+        if mask is not None:
+            scores.masked_fill_(mask, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        del scores
+        out[i] = torch.bmm(weights, values).transpose(0, 1)
+        del weights, keys, values  # or the next sequence would hold them twice
+    return out
 
 
 def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position | None) -> None:

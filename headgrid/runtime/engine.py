@@ -83,8 +83,7 @@ class Engine:
             x = mine.index_select(0, self._local[mb]) if self.stage.first else _arrived(arriving)
             if k + 1 < len(self.prefill_plan):
                 arriving = self._expect(self.prefill_plan[k + 1], queries)
-            y = _observed(observe, "prefill", k, 0, lambda x=x, mb=mb: self.stage.forward(x, mb, None))
-            self._hand_on(y, mb)
+            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, mb=mb: self.stage.forward(x, mb, None)), mb)
         self._set_position(queries)
         if self.stage.last:
             self._return_tokens(self.tokens)

@@ -156,11 +156,7 @@ class Stage:
     def _attention(self, layer: Layer, index: int, x: Tensor, micro_batch: MicroBatch, position: Position | None) -> Tensor:
         """The attention half of a layer before it is added: x [b, s, D] -> [b, s, D]."""
         projections = F.linear(self._norm(x, layer.attention_norm), *layer.qkv)
-        if self.cos is not None and self.sin is not None:
-            length = x.shape[1]
-            tables = self._at(self.cos, length, position), self._at(self.sin, length, position)
-            for part in self.slices.split(projections, self.slices.index)[:2]:
-                rotate(part, *tables)
+        self._rotate(projections, position)
         parts = micro_batch.parts
         rows = parts[self.slices.index if len(parts) > 1 else 0].within(self.owned)
         exchange = EXCHANGES[self.layout.exchange]
@@ -171,6 +167,14 @@ class Stage:
         out = exchange(self.slices, self.mesh.tp_slice, [len(p) for p in parts], projections, attend)
         del projections
         return self._output(out, layer.o)
+
+    def _rotate(self, projections: Tensor, position: Position | None) -> None:
+        """Give Q and K of this slice their rotary positions, in place; nothing for learned positions."""
+        if self.cos is not None and self.sin is not None:
+            length = projections.shape[1]
+            tables = self._at(self.cos, length, position), self._at(self.sin, length, position)
+            for part in self.slices.split(projections, self.slices.index)[:2]:
+                rotate(part, *tables)
 
     def _attend(self, index: int, rows: Span, q: Tensor, k: Tensor, v: Tensor, position: Position | None) -> Tensor:
         """Store K and V of these cache rows, then attend: in prefill to what was just computed, else to the cache."""
@@ -188,9 +192,9 @@ class Stage:
         if self.layout.output == "reduce":
             return self._row_parallel(out, weight, bias)
         tokens = out.shape[:2]
-        heads = self._concat(out, self.out_widths)
         columns = [len(span) for span in balanced(self.model.hidden_size, tp.size)]
-        return self._concat(F.linear(heads, weight, bias), columns).unflatten(0, tokens)
+        mine = F.linear(self._concat(out, self.out_widths), weight, bias)
+        return self._concat(mine, columns).unflatten(0, tokens)
 
     def _concat(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """All-gather the last dim over the tp axis: x [..., widths[index]] -> [T, sum(widths)]."""

@@ -1,0 +1,236 @@
+"""The report of a run: one HTML file that needs nothing else, not even a network or a script."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from headgrid.errors import InvalidInput
+from headgrid.experiment.stats import PHASES, Phase, Record, cpu_warning
+from headgrid.layout.layout import Layout, parse_layout
+from headgrid.layout.shards import stage_layers
+from headgrid.report import format as fmt
+from headgrid.report import partition, plots, tables
+from headgrid.spec.model import ModelSpec
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawing with its caption; without a drawing the caption says why there is none."""
+
+    title: str
+    drawing: Markup | None
+    caption: str = ""
+    wide: bool = False
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+def render(design: Json, env: Json, records: Sequence[Record], summary: Json) -> str:
+    """The whole page. Pure: the same four documents make the same page.
+
+    Labels and names are text to be shown, whatever they contain; unknown values appear as "not measured".
+    Ratios are throughputs of the first arm over the second, above 1 where the first is faster.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("headgrid.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    layouts = _layouts(design)
+    labels = [arm["label"] for arm in summary["arms"] if arm["verified"]]
+    layers = {text: _layers_per_rank(*parts) for text, parts in layouts.items() if not isinstance(parts, str)}
+    return environment.from_string(template).render(
+        title=_title(design),
+        subtitle=_subtitle(design, summary),
+        outcome=outcome(summary, design["margin"]),
+        warnings=_warnings(design, env, summary),
+        verdicts=tables.verdicts(summary),
+        control=tables.control_line(summary),
+        performance=tables.performance(summary),
+        comparisons=[tables.comparisons(summary, phase, design["margin"]) for phase in PHASES],
+        noise=tables.noise_line(summary),
+        memory=tables.memory(summary),
+        traffic=[tables.traffic(summary, phase, layers) for phase in PHASES],
+        validation=tables.validation(summary, records),
+        figures=list(_figures(design, records, summary, labels)),
+        partitions=list(_partitions(layouts)),
+        facts=list(_facts(design, env, records)),
+        raw=[tables.all_blocks(labels, records, phase) for phase in PHASES],
+    )
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _title(design: Json) -> str:
+    return f"{design['name']}: {design['model']['name']} on {design['ranks']} ranks"
+
+
+def _subtitle(design: Json, summary: Json) -> str:
+    work = design["workload"]
+    parts = [
+        f"{len(design['arms'])} arms",
+        f"batch {work['batch']:,}",
+        f"sequence {work['seq']:,}",
+        f"{work['decode_steps']:,} decode steps",
+        work["dtype"],
+        design["device"],
+        design["created"],
+        summary["run"],
+    ]
+    return " · ".join(fmt.plain(part) for part in parts if part)
+
+
+def outcome(summary: Json, margin: float) -> str:
+    """One sentence: what a reader takes away who reads no further."""
+    arms = summary["arms"]
+    baseline = next(arm["label"] for arm in arms if arm["role"] == "baseline")
+    twins = {arm["label"] for arm in arms if arm["role"] == "aa"}
+    failed = [arm["label"] for arm in arms if not arm["verified"]]
+    checked = (
+        "every arm computes what the reference computes" if not failed else f"{', '.join(failed)} failed the check"
+    )
+    if failed and not any(arm["verify"] for arm in arms):
+        checked = "no arm has been checked against the reference"
+    parts = [checked]
+    for phase in PHASES:
+        rows = [row for row in summary["comparisons"] if row["phase"] == phase and row["b"] == baseline]
+        parts.append(_phase_outcome([row for row in rows if row["a"] not in twins], phase, baseline, margin))
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: float) -> str:
+    known = [row for row in rows if row["ratio"] is not None]
+    if not known:
+        return f"{phase} was not compared"
+    best = max(known, key=lambda row: row["ratio"])
+    faster = [row for row in known if row["verdict"] == "faster"]
+    if faster:
+        best = max(faster, key=lambda row: row["ratio"])
+        return f"in {phase}, {best['a']} handled {_gain(best)} more tokens per second than {baseline}{_within(best)}"
+    if all(row["verdict"] == "slower" for row in known):
+        return f"in {phase}, every other layout was slower than {baseline}, the closest, {best['a']}, by {_gain(best)}"
+    if all(row["verdict"] == "equivalent" for row in known):
+        return f"in {phase}, all layouts were as fast as {baseline}, within {fmt.percent(margin)}"
+    return f"in {phase}, no layout was shown to be faster than {baseline}"
+
+
+def _gain(row: Json) -> str:
+    return fmt.percent(abs(row["ratio"] - 1), 3)
+
+
+def _within(row: Json) -> str:
+    low, high = (fmt.percent(edge - 1, 3) for edge in row["ci95"])
+    return f" (95 % interval {low} to {high})"
+
+
+def _warnings(design: Json, env: Json, summary: Json) -> list[str]:
+    """The summary's warnings; the one about CPUs with the number of cores, which only the environment knows."""
+    general = cpu_warning(design["ranks"])
+    cores = env.get("cpu_count")
+    return [cpu_warning(design["ranks"], cores) if text == general else text for text in summary["warnings"]]
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _figures(design: Json, records: Sequence[Record], summary: Json, labels: Sequence[str]) -> Iterator[Figure]:
+    arms = summary["arms"]
+    prefill = plots.bars("prefill", arms, "prefill_tokens_per_s", 1.0, "tokens per second")
+    yield Figure("Prefill throughput", prefill, "Higher is better.")
+    yield Figure("Decode TPOT", plots.bars("tpot", arms, "decode_tpot_s", 1e3, "ms per token"), "Lower is better.")
+    for phase in PHASES:
+        rows = [row for row in summary["comparisons"] if row["phase"] == phase]
+        yield Figure(
+            f"{phase.capitalize()} ratios", plots.ratios(f"ratio-{phase}", rows, design["margin"]), "Right is faster."
+        )
+    for phase in PHASES:
+        drawing = plots.blocks_over_time(f"blocks-{phase}", labels, records, phase)
+        yield Figure(
+            f"{phase.capitalize()} blocks as they ran", drawing, "Drift moves all lines; warm-up blocks are left out."
+        )
+    twins = {arm["label"] for arm in arms if arm["role"] == "aa"}
+    yield from _timelines([record for record in records if record["kind"] == "pipeline" and record["arm"] not in twins])
+
+
+def _timelines(records: Sequence[Record]) -> Iterator[Figure]:
+    """The first pipeline pass of every arm."""
+    seen = set()
+    for record in records:
+        if record["arm"] in seen:
+            continue
+        seen.add(record["arm"])
+        stages = 1 + max((event["stage"] for event in record["events"]), default=0)
+        for phase in PHASES:
+            events = [event for event in record["events"] if event["phase"] == phase]
+            drawn = plots.timeline(f"pipeline-{len(seen)}-{phase}", events, stages)
+            if drawn:
+                yield Figure(f"Pipeline of {record['arm']}, {phase}", *drawn, wide=True)
+
+
+def _layouts(design: Json) -> dict[str, tuple[ModelSpec, Layout] | str]:
+    """Model and layout of each distinct layout text, or why it cannot be drawn."""
+    found: dict[str, tuple[ModelSpec, Layout] | str] = {}
+    for arm in design["arms"]:
+        try:
+            found[arm["layout"]] = ModelSpec(**design["model"]), parse_layout(arm["layout"])
+        except (InvalidInput, ValueError, TypeError) as error:
+            found[arm["layout"]] = str(error)
+    return found
+
+
+def _layers_per_rank(model: ModelSpec, layout: Layout) -> int:
+    return max(len(layers) for layers in stage_layers(model, layout))
+
+
+MAX_RANKS_LISTED = 128
+
+
+def _partitions(layouts: Mapping[str, tuple[ModelSpec, Layout] | str]) -> Iterator[Figure]:
+    for number, (text, parts) in enumerate(layouts.items()):
+        if isinstance(parts, str):
+            yield Figure(text, None, f"Not drawn: {parts}")
+            continue
+        model, layout = parts
+        rows = tuple(partition.rows(model, layout)) if layout.ranks <= MAX_RANKS_LISTED else ()
+        drawing = partition.draw(f"partition-{number}", model, layout)
+        yield Figure(text, drawing, partition.caption(model, layout), rows=rows)
+
+
+# --- what was run ----------------------------------------------------------------------------------------------------
+
+
+def _facts(design: Json, env: Json, records: Sequence[Record]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    launches = [record for record in records if record["kind"] == "launch"]
+    ends = [record for record in records if record["kind"] == "end"]
+    keys = ("protocol", "launches", "blocks", "warmup_blocks", "margin", "seed", "verify_sequences", "control")
+    own = {key: design.get(key) for key in ("device", "backend", "ranks", "headgrid_version", *keys)}
+    own["launches started"] = len(launches)
+    own["ended"] = bool(ends and ends[-1]["completed"])
+    yield "Model", list(_flat(design["model"]))
+    yield "Workload", list(_flat({**design["workload"], "text": design.get("text", {}).get("source")}))
+    yield "Design", list(_flat(own))
+    yield "Environment", list(_flat(env))
+    hashes = {"design": design.get("hash"), "text": design.get("text", {}).get("sha256")}
+    for key in ("input_sha256", "weights_sha256"):
+        hashes[key.removesuffix("_sha256")] = ", ".join(_distinct(record.get(key) for record in launches)) or None
+    yield "SHA-256", list(_flat(hashes))
+
+
+def _distinct(values: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(fmt.plain(value) for value in values))
+
+
+def _flat(document: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a JSON document with their paths."""
+    for key, value in document.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{path} · ")
+        elif key.endswith("_bytes") and fmt.known(value):
+            yield path.removesuffix("_bytes"), fmt.size(value)
+        else:
+            yield path, fmt.plain(value, unset="not set" if prefix.startswith("environment") else fmt.NOT_MEASURED)

@@ -1,0 +1,353 @@
+"""The tables of a report: the seed's, filled with our figures, and those that say whether to believe them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headgrid.experiment.stats import (
+    MEMORY_PARTS,
+    PHASES,
+    SEED_LABEL,
+    BlockKey,
+    Phase,
+    Record,
+    block_times,
+)
+from headgrid.report import format as fmt
+from headgrid.report.format import NOT_MEASURED
+
+Summary = Mapping[str, Any]
+NOT_APPLICABLE = "\N{EN DASH}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell: its text, its class in the style sheet, and how many rows it spans."""
+
+    text: str
+    css: str = ""
+    rowspan: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table. A row whose leading cells come from a rowspan above it has fewer cells than the head."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[list[Cell]]
+    note: str = ""
+    level: int = 3
+
+    @property
+    def numeric(self) -> frozenset[int]:
+        """Columns that hold numbers and are set flush right."""
+        full = [row for row in self.rows if len(row) == len(self.head)]
+        return frozenset(index for row in full for index, cell in enumerate(row) if "number" in cell.css)
+
+
+def _cells(texts: Iterable[str], css: str = "number") -> list[Cell]:
+    return [Cell(text, f"{css} unknown" if text == NOT_MEASURED else css) for text in texts]
+
+
+def _name(text: str, rowspan: int = 1) -> Cell:
+    return Cell(text, "name", rowspan)
+
+
+def _yes(value: bool | None) -> Cell:
+    if value is None:
+        return Cell(NOT_MEASURED, "unknown")
+    return Cell("yes", "good") if value else Cell("NO", "bad")
+
+
+# --- may it be believed ----------------------------------------------------------------------------------------------
+
+
+def verdicts(summary: Summary) -> Table:
+    """Accuracy of every arm, phase by phase, beside the noise floor of the same dtype."""
+    head = (
+        "Arm",
+        "Verified",
+        "Phase",
+        "Relative error",
+        "Noise floor",
+        "Error / floor",
+        "Bound",
+        "Largest absolute error",
+        "Greedy tokens",
+    )
+    rows = [row for arm in summary["arms"] for row in _verdict_rows(arm)]
+    note = (
+        "Relative L2 error of the logits against the fp64 reference. The noise floor is the error of the plain"
+        " single-device model in the same dtype; the bound is the multiple of it that the design allows. Greedy tokens"
+        " must match wherever the reference's top two differ by more than rounding; ties are where they do not."
+    )
+    return Table("Accuracy", head, rows, note)
+
+
+def _verdict_rows(arm: Mapping[str, Any]) -> Iterator[list[Cell]]:
+    check = arm["verify"] or {"phases": {}, "greedy": None}
+    for number, phase in enumerate(PHASES):
+        figures = check["phases"].get(phase) or {}
+        error, floor, bound = (figures.get(key) for key in ("relative_error", "floor", "bound"))
+        multiple = fmt.fixed(error / floor, 2) if fmt.known(error) and fmt.known(floor) and floor else NOT_MEASURED
+        texts = (fmt.scientific(error), fmt.scientific(floor), multiple, fmt.scientific(bound))
+        row = [Cell(phase), *_cells((*texts, fmt.scientific(figures.get("max_abs_error"))))]
+        if number == 0:
+            verified = _yes(arm["verified"] if arm["verify"] else None)
+            row = [_name(arm["label"], len(PHASES)), Cell(verified.text, verified.css, len(PHASES)), *row]
+            row.append(Cell(_greedy(check["greedy"]), "", len(PHASES)))
+        yield row
+
+
+def _greedy(greedy: Mapping[str, int] | None) -> str:
+    if not greedy:
+        return NOT_MEASURED
+    ties = greedy["ties"]
+    text = f"{greedy['matched']:,} of {greedy['compared']:,} matched, {ties:,} {'tie' if ties == 1 else 'ties'}"
+    return text + (f", {greedy['mismatched']:,} wrong" if greedy["mismatched"] else "")
+
+
+def control_line(summary: Summary) -> str:
+    """Whether the check rejected what it has to reject."""
+    control = summary["control"]
+    if control is None:
+        return f"Negative control: {NOT_MEASURED}."
+    rejected = "rejected, as it must be" if control["rejected"] else "NOT rejected: the check above cannot be trusted"
+    return (
+        f"Negative control {control['layout']} (every slice takes its own softmax): relative error"
+        f" {fmt.significant(control['relative_error'], 2)}, {rejected}. It moves this model's logits by"
+        f" {fmt.percent(control['sensitivity'])}; a model that it hardly moves could not tell right from wrong."
+    )
+
+
+# --- the seed's tables -----------------------------------------------------------------------------------------------
+
+
+def performance(summary: Summary) -> Table:
+    """Prefill and decode throughput and TPOT of every arm."""
+    head = ("Method", "Prefill TPS", "95 % CI", "SD", "Decode TPS", "95 % CI", "TPOT, ms", "95 % CI", "SD", "n")
+    arms = summary["arms"]
+    prefill, decode = (fmt.figures([arm[f"{phase}_tokens_per_s"] for arm in arms]) for phase in PHASES)
+    tpot = fmt.figures([arm["decode_tpot_s"] for arm in arms], 1e3)
+    rows = []
+    for index, arm in enumerate(arms):
+        figure = arm["prefill_tokens_per_s"] or arm["decode_tpot_s"]
+        units = str(figure["n"]) if figure else NOT_MEASURED
+        rows.append([_name(arm["label"]), *_cells((*prefill[index], *decode[index][:2], *tpot[index], units))])
+    return Table("Performance metrics", head, rows, _performance_note(summary))
+
+
+def _performance_note(summary: Summary) -> str:
+    units = {
+        arm[key]["unit"] for arm in summary["arms"] for key in ("prefill_tokens_per_s", "decode_tpot_s") if arm[key]
+    }
+    over = f" n counts the unit of the intervals: {' or '.join(sorted(units))}." if units else ""
+    return (
+        "TPS in tokens per second, all ranks together. Prefill TPS = batch times sequence length / time; TPOT = time of"
+        f" all decode steps / their number; a block's time is that of its slowest rank.{over}"
+    )
+
+
+def comparisons(summary: Summary, phase: Phase, margin: float) -> Table:
+    """Ratios of throughputs with intervals and verdicts, and the seed's two statistics beside them."""
+    head = (
+        "Comparison",
+        "Throughput ratio",
+        "95 % CI",
+        "Throughput",
+        "Time",
+        "Verdict",
+        "n",
+        "seed's p (not trusted)",
+        "seed's d (not trusted)",
+    )
+    rows = [_comparison(row) for row in summary["comparisons"] if row["phase"] == phase]
+    units = sorted({row["unit"] for row in summary["comparisons"] if row["unit"]})
+    note = (
+        "Ratio of throughputs, first arm over second: above 1 the first is faster. It is taken inside each block, so"
+        f" drift cancels; the interval is Student's t over n units ({' or '.join(units) or NOT_MEASURED}). Margin"
+        f" ±{fmt.percent(margin)}: faster or slower if the whole interval lies beyond it, equivalent if within,"
+        f" else inconclusive. The last two columns: {SEED_LABEL}."
+    )
+    return Table(f"Statistical analysis: {phase}", head, rows, note if phase == PHASES[-1] else "")
+
+
+def noise_line(summary: Summary) -> str:
+    """What this machine makes of two copies of the same arm: no smaller difference than that can be believed."""
+    twins = {arm["label"] for arm in summary["arms"] if arm["role"] == "aa"}
+    rows = [row for row in summary["comparisons"] if row["a"] in twins and row["ci95"]]
+    if not rows:
+        return f"Smallest difference that this machine can show: {NOT_MEASURED} (no A/A arm with an interval)."
+    parts = (f"{fmt.percent(max(abs(edge - 1) for edge in row['ci95']))} in {row['phase']}" for row in rows)
+    return f"Two copies of {rows[0]['b']} (A/A) differ here by up to {' and '.join(parts)}; smaller differences say nothing."
+
+
+VERDICT_CSS = {"faster": "good", "slower": "bad"}
+
+
+def _comparison(row: Mapping[str, Any]) -> list[Cell]:
+    changes = (row["ratio"] - 1, 1 / row["ratio"] - 1) if row["ratio"] else (None, None)
+    seed = row["seed_statistics"]
+    texts = (*fmt.ratio(row["ratio"], row["ci95"]), *(fmt.change(change) for change in changes))
+    return [
+        _name(f"{row['a']} / {row['b']}"),
+        *_cells(texts),
+        Cell(row["verdict"], VERDICT_CSS.get(row["verdict"], "")),
+        *_cells([str(row["n"])]),
+        *_cells((fmt.p_value(seed["p_value"]), fmt.fixed(seed["cohens_d"], 2)), "number distrusted"),
+    ]
+
+
+def _without_twins(summary: Summary) -> list[Mapping[str, Any]]:
+    """All arms but A/A, which is the baseline's own engine under another label: bytes would only be repeated."""
+    return [arm for arm in summary["arms"] if arm["role"] != "aa"]
+
+
+def memory(summary: Summary) -> Table:
+    """Bytes of the fullest rank, measured above predicted, all in one unit."""
+    keys = ("memory_bytes", "memory_predicted_bytes")
+    arms = _without_twins(summary)
+    sizes = [value for arm in arms for key in keys for value in (arm[key] or {}).values() if value]
+    unit, divisor = fmt.byte_unit(max(sizes, default=0))
+    head = ("Method", "", "Parameters", "KV cache", "Activations, peak", "Communication buffers", "Total", "Difference")
+    rows = [row for arm in arms for row in _memory_rows(arm, divisor)]
+    how = sorted({arm["memory_measured_by"] for arm in arms if arm["memory_measured_by"]})
+    note = (
+        f"{unit} of the rank that has most of it; the total is the largest sum of one rank. Predicted: computed from"
+        f" the layout alone. Difference: measured over predicted. Measured by: {'; '.join(how) or NOT_MEASURED}."
+    )
+    return Table(f"Memory per rank, {unit}", head, rows, note)
+
+
+def _memory_rows(arm: Mapping[str, Any], divisor: int) -> Iterator[list[Cell]]:
+    measured, predicted = arm["memory_bytes"], arm["memory_predicted_bytes"]
+    for number, values in enumerate((measured, predicted)):
+        columns = (*MEMORY_PARTS, "total")
+        texts = [_share((values or {}).get(part), divisor) for part in columns]
+        row = [Cell(("measured", "predicted")[number]), *_cells(texts, "number" if number == 0 else "number quiet")]
+        if number == 0:
+            both = measured and predicted and measured["total"] and predicted["total"]
+            change = measured["total"] / predicted["total"] - 1 if both else None
+            text = fmt.change(change)
+            row = [_name(arm["label"], 2), *row, Cell(text, "number" if both else "number unknown", 2)]
+        yield row
+
+
+def _share(value: float | None, divisor: int) -> str:
+    return fmt.significant(value / divisor, 4) if value is not None else NOT_MEASURED
+
+
+def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table:
+    """What every arm sends in one phase, by collective; `layers` = layers on a rank of each layout."""
+    head = (
+        "Method",
+        "Collective",
+        "Axis",
+        "Where",
+        "Calls",
+        "Bytes per rank",
+        "Time",
+        "Bytes per layer",
+        "Time per layer",
+        "As predicted",
+    )
+    rows = [row for arm in _without_twins(summary) for row in _traffic_rows(arm, phase, layers.get(arm["layout"]))]
+    whole = "one prefill of the whole batch" if phase == "prefill" else "one decode step"
+    note = (
+        f"Calls, bytes and time are for {whole}. Times are those of the slowest rank in a separate, untimed pass with"
+        " nothing overlapped, so they include waiting and need not add up to a share of the times above."
+    )
+    return Table(f"Communication breakdown: {phase}", head, rows, note)
+
+
+def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> Iterator[list[Cell]]:
+    ops = [op for op in arm["traffic"] if op["phase"] == phase]
+    if not ops:
+        yield [_name(arm["label"]), *_cells([NOT_MEASURED] * 9)]
+    total = [_total(ops, key) for key in ("calls", "bytes_per_rank", "time_s")]
+    for number, op in enumerate(ops):
+        share = layers if op["per_layer"] and layers else None
+        row = [Cell(op["collective"]), Cell(op["axis"]), Cell("each layer" if op["per_layer"] else "not per layer")]
+        row += _cells((f"{op['calls']:,}", fmt.size(op["bytes_per_rank"]), fmt.duration(op["time_s"])))
+        row += _cells((_per(op["bytes_per_rank"], share, fmt.size), _per(op["time_s"], share, fmt.duration)))
+        head = [_name(arm["label"], len(ops) + (len(ops) > 1))] if number == 0 else []
+        yield [*head, *row, _yes(op["as_predicted"])]
+    if len(ops) > 1:
+        texts = (fmt.plain(total[0]), fmt.size(total[1]), fmt.duration(total[2]), NOT_APPLICABLE, NOT_APPLICABLE)
+        yield [
+            Cell("all together", "total"),
+            Cell("", "total"),
+            Cell("", "total"),
+            *_cells(texts, "number total"),
+            Cell(""),
+        ]
+
+
+def _total(ops: Sequence[Mapping[str, Any]], key: str) -> Any:
+    values = [op[key] for op in ops]
+    return None if None in values else sum(values)
+
+
+def _per(value: float | None, layers: int | None, show: Any) -> str:
+    """A phase's figure for one layer; a dash where the collective does not belong to a layer."""
+    if layers is None:
+        return NOT_APPLICABLE
+    return show(None if value is None else value / layers)
+
+
+def validation(summary: Summary, records: Sequence[Record]) -> Table:
+    """The seed's validation checks."""
+    launches = [record for record in records if record["kind"] == "launch"]
+    inputs = {record["input_sha256"] for record in launches}
+    rows = [
+        [_name("Numerical accuracy"), Cell(_accuracy(summary))],
+        [_name("Reproducibility"), Cell(_spread(summary))],
+        [_name("Fairness"), Cell(_fairness(len(launches), inputs))],
+        [_name("Isolation from other work"), Cell(NOT_MEASURED, "unknown")],
+        [_name("GPU, memory bandwidth and NVLink utilization"), Cell(NOT_MEASURED, "unknown")],
+    ]
+    return Table("Validation checks", ("Check", "Result"), rows)
+
+
+def _accuracy(summary: Summary) -> str:
+    errors = [arm["relative_error"] for arm in summary["arms"] if arm["relative_error"] is not None]
+    verified = sum(arm["verified"] for arm in summary["arms"])
+    largest = f"; largest relative error {fmt.scientific(max(errors))} ({fmt.percent(max(errors))})" if errors else ""
+    return f"{verified} of {len(summary['arms'])} arms verified{largest}"
+
+
+def _spread(summary: Summary) -> str:
+    known = [row for row in summary["reproducibility"] if row["prefill"] is not None]
+    if not known:
+        return NOT_MEASURED
+    parts = (f"{row['label']} {fmt.percent(row['prefill'])} and {fmt.percent(row['decode'])}" for row in known)
+    launches = max(row["launches"] for row in known)
+    return f"SD of the means of {launches} launches, prefill and decode: {'; '.join(parts)}"
+
+
+def _fairness(launches: int, inputs: set[str]) -> str:
+    if not launches:
+        return NOT_MEASURED
+    if len(inputs) > 1:
+        return "the launches had DIFFERENT input sequences"
+    return f"identical input sequences for all arms and launches (SHA-256 {next(iter(inputs))[:12]}…)"
+
+
+# --- raw -------------------------------------------------------------------------------------------------------------
+
+
+def all_blocks(labels: Sequence[str], records: Sequence[Record], phase: Phase) -> Table:
+    """Every timed block's time in ms, as the statistics use it."""
+    times = {label: block_times(records, label, phase) for label in labels}
+    keys: list[BlockKey] = sorted({key for series in times.values() for key in series})
+    rows = [
+        [
+            _name(f"launch {key.launch}, block {key.block}"),
+            *_cells(
+                fmt.significant(series[key] * 1e3, 6) if key in series else NOT_MEASURED for series in times.values()
+            ),
+        ]
+        for key in keys
+    ]
+    return Table(f"Time of every {phase} block, ms (slowest rank)", ("Block", *labels), rows, level=4)

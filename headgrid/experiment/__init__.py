@@ -1,1 +1,1 @@
-"""The lab: what is measured, in which order, how it is kept, and what may be concluded from it."""
+"""The comparison of layouts: designed before it runs, recorded as it runs, summarised from the record alone."""

@@ -16,7 +16,13 @@ from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
 _SENDS_IN_FLIGHT = 2
+_PLAIN_SCORES = 1 << 22
 _ID_BYTES = 8
+
+
+def plain_rows(heads: int, queries: int, keys: int) -> int:
+    """Queries whose scores the unfused CPU attention holds at a time: at most 4 Mi elements, at least one query."""
+    return max(1, min(queries, _PLAIN_SCORES // (heads * keys)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +63,13 @@ class _Call:
 
 def _attend_bytes(call: _Call, qk_width: int, v_width: int) -> int:
     """The result, and what computing it holds: the log-sum-exp of a fused kernel, or scores where there is none."""
-    heads, e, square = len(call.own.heads), call.element_bytes, call.seq * call.seq
+    heads, e = len(call.own.heads), call.element_bytes
     out = call.attended * heads * v_width * e
     if qk_width == v_width:
         return out + call.attended * heads * max(4, e)
     copies = heads * call.seq * (qk_width + v_width) if heads != len(call.own.kv_heads) else 0
-    return out + square + (copies + 2 * heads * square) * e  # one sequence at a time; a mask of bools
+    block = plain_rows(heads, call.seq, call.seq) * call.seq
+    return out + (copies + 2 * heads * block) * e
 
 
 def _exchange_bytes(call: _Call) -> Iterator[int]:

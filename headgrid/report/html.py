@@ -106,6 +106,8 @@ def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: fl
     known = [row for row in rows if row["ratio"] is not None]
     if not known:
         return f"{phase} was not compared"
+    if all(row["ci95"] is None for row in known):
+        return f"{phase} was timed too seldom for a verdict"
     best = max(known, key=lambda row: row["ratio"])
     faster = [row for row in known if row["verdict"] == "faster"]
     if faster:

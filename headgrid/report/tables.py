@@ -180,7 +180,8 @@ def noise_line(summary: Summary) -> str:
     if not rows:
         return f"Smallest difference that this machine can show: {NOT_MEASURED} (no A/A arm with an interval)."
     parts = (f"{fmt.percent(max(abs(edge - 1) for edge in row['ci95']))} in {row['phase']}" for row in rows)
-    return f"Two copies of {rows[0]['b']} (A/A) differ here by up to {' and '.join(parts)}; smaller differences say nothing."
+    bounds = " and ".join(parts)
+    return f"Two copies of {rows[0]['b']} (A/A) differ here by up to {bounds}; smaller differences say nothing."
 
 
 VERDICT_CSS = {"faster": "good", "slower": "bad"}

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from headgrid.layout.activations import plain_rows
 from headgrid.runtime.kernels import split_kv
 
 _FAST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -49,24 +50,29 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position, scal
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
-    """Attention by its definition, a sequence at a time, for a CPU where V's heads are narrower than K's.
+    """Attention by its definition, for a CPU where V's heads are narrower than K's: torch's fused kernel wants
+    equal widths there, and its fallback holds several copies of all scores.
 
-    torch's fused CPU kernel wants equal widths and its fallback holds several copies of the scores.
-    q [b, s, H, d], k [b, K, S, d], v [b, K, S, u] -> [b, s, H, u]; 16-bit inputs are computed in fp32.
+    q [b, s, H, d], k [b, K, S, d], v [b, K, S, u] -> [b, s, H, u]; 16-bit inputs are computed in fp32. Scores are
+    held for one sequence and `plain_rows` queries at a time.
     """
     (b, s, heads, _), length, group = q.shape, k.shape[2], q.shape[2] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    mask = torch.ones(s, length, dtype=torch.bool, device=q.device).triu_(1) if causal else None
     out = q.new_empty(b, s, heads, v.shape[3])
     for i in range(b):
         keys, values = (x[i].to(wide) if group == 1 else x[i].repeat_interleave(group, 0).to(wide) for x in (k, v))
-        scores = torch.bmm(q[i].transpose(0, 1).to(wide), keys.transpose(1, 2)).mul_(scale)
-        if mask is not None:
-            scores.masked_fill_(mask, float("-inf"))
-        weights = torch.softmax(scores, dim=-1)
-        del scores
-        out[i] = torch.bmm(weights, values).transpose(0, 1)
-        del weights, keys, values  # or the next sequence would hold them twice
+        for start in range(0, s, step := plain_rows(heads, s, length)):
+            rows = q[i, start : start + step].transpose(0, 1).to(wide)
+            scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
+            if causal:
+                future = torch.ones(rows.shape[1], length, dtype=torch.bool, device=q.device).triu_(start + 1)
+                scores.masked_fill_(future, float("-inf"))
+                del future
+            weights = torch.softmax(scores, dim=-1)
+            del scores
+            out[i, start : start + step] = torch.bmm(weights, values).transpose(0, 1)
+            del weights  # or the next block would hold both
+        del keys, values
     return out
 
 

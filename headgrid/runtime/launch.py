@@ -53,6 +53,19 @@ def machine_environment() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
 
 
+def agree(create: Callable[[], Path]) -> Path:
+    """The folder that `create` makes: under torchrun rank 0 makes it and the others wait for its name in the store."""
+    if not joined_by_torchrun():
+        return create()
+    import torch.distributed as dist
+
+    rank, ranks = torchrun_rank()
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks, timeout=_TIMEOUT)))
+    if rank == 0:
+        store.set("headgrid/folder", str(create().resolve()))
+    return Path(store.get("headgrid/folder").decode())
+
+
 def join(job: Job) -> None:
     """Run the job in this process, which torchrun started, as one of its ranks."""
     import torch.distributed as dist

@@ -1,0 +1,285 @@
+"""The command line: parses to specifications and layouts, calls, prints. No logic of its own."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from headgrid import __version__
+from headgrid.errors import HeadgridError, InvalidInput, VerificationFailed
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
+Out = Annotated[Path, typer.Option(help="Folder for run folders.")]
+
+
+def main() -> None:
+    """Entry point: expected failures become one block on standard error and an exit code of their own."""
+    try:
+        app(standalone_mode=False)
+    except HeadgridError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(error.block()), style="red")
+        sys.exit(error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        Console(stderr=True).print("interrupted: finished records are kept, go on with --resume", style="yellow")
+        sys.exit(130)
+    except Exception as error:
+        if not _is_usage(error):
+            raise
+        Console(stderr=True, highlight=False).print(f"error: {escape(error.format_message())}", style="red")  # type: ignore[attr-defined]
+        sys.exit(64)
+
+
+def _is_usage(error: Exception) -> bool:
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Exact attention on any number of GPUs: heads in n groups, channels of every head in m slices."""
+    if version:
+        Console().print(f"headgrid {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def compare(
+    model: Annotated[str | None, typer.Option(help="A named model (see `headgrid layouts`).")] = None,
+    arms: Annotated[str | None, typer.Option(help="Layouts, comma-separated; the first is the baseline.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=2, help="Ranks: 16 on a CPU, all GPUs otherwise.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences.")] = None,
+    seq: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each sequence.")] = None,
+    decode_steps: Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="Measured blocks in each launch.")] = None,
+    launches: Annotated[int | None, typer.Option(min=1, help="Fresh launches: 5 or more give an interval over launches.")] = None,
+    protocol: Annotated[str, typer.Option(help="`default`, or `seed` for 100 + 1000 iterations.")] = "default",
+    text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
+    out: Out = Path("runs"),
+    resume: Annotated[Path | None, typer.Option(help="Go on with a run folder; other options are ignored.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare layouts of a transformer: verify each, then time them in interleaved random blocks, and report.
+
+    Examples:
+
+        headgrid compare
+
+        headgrid compare --ranks 4 --arms tp2pp2,n2m2:batch,dp4 --blocks 20
+
+        headgrid compare --resume runs/20261122-130000-compare-seed-small
+    """
+    from headgrid.experiment import plan, runner
+    from headgrid.runtime import launch
+
+    console = Console(stderr=as_json, highlight=False)
+    if resume is None:
+        wishes = plan.Wishes(
+            model=model,
+            arms=_names(arms),
+            ranks=ranks,
+            batch=batch,
+            seq=seq,
+            decode_steps=decode_steps,
+            dtype=dtype,
+            blocks=blocks,
+            launches=launches,
+            protocol=protocol,
+            text=text,
+            device=device,
+            seed=seed,
+        )
+        design, notes = plan.make(wishes)
+        for note in notes:
+            console.print(escape(note), style="yellow")
+        folder = launch.agree(lambda: runner.create(design, out))
+    else:
+        folder = resume
+    if launch.joined_by_torchrun():
+        runner.carry_out_joined(folder)
+        if launch.torchrun_rank()[0]:
+            return
+    else:
+        with _progress(console) as show:
+            runner.carry_out(folder, show)
+    summary = runner.conclude(folder)
+    _print_summary(console, summary)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    if as_json:
+        sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
+    _raise_if_failed(summary)
+
+
+def _names(arms: str | None) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in arms.split(",") if name.strip()) if arms is not None else None
+
+
+def _raise_if_failed(summary: dict[str, Any]) -> None:
+    failed = [arm["label"] for arm in summary["arms"] if not arm["verified"]]
+    if failed or not summary["negative_control_rejected"]:
+        raise VerificationFailed(
+            f"not verified: {', '.join(failed) or 'the negative control was not rejected'}",
+            why="; ".join(summary["warnings"][:2]),
+        )
+
+
+@contextmanager
+def _progress(console: Console) -> Any:
+    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting ranks", total=None)
+
+        def show(progress: Any) -> None:
+            bar.update(task, completed=progress.done, total=progress.total, description=escape(progress.latest))
+
+        yield show
+
+
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="right" if n else "left", no_wrap=n == 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _interval(figure: dict[str, Any] | None, scale: float, digits: int) -> str:
+    if figure is None:
+        return "not measured"
+    text = f"{figure['mean'] * scale:,.{digits}f}"
+    low, high = (x * scale for x in figure["ci95"]) if figure["ci95"] else (None, None)
+    return f"{text} [{low:,.{digits}f}, {high:,.{digits}f}]" if low is not None else text
+
+
+def _print_summary(console: Console, summary: dict[str, Any]) -> None:
+    rows = [
+        (
+            arm["label"],
+            "yes" if arm["verified"] else "NO",
+            f"{arm['relative_error']:.2g}" if arm["relative_error"] is not None else "unknown",
+            _interval(arm["prefill_tokens_per_s"], 1, 0),
+            _interval(arm["decode_tpot_s"], 1e3, 2),
+            f"{arm['memory_bytes']['total'] / 2**20:,.1f}" if arm["memory_bytes"] else "unknown",
+        )
+        for arm in summary["arms"]
+    ]
+    columns = ("arm", "verified", "rel. error", "prefill tok/s [95 %]", "TPOT ms [95 %]", "MiB per rank")
+    _print_table(console, f"{summary['device']}: arms", columns, rows)
+    baseline = next(arm["label"] for arm in summary["arms"] if arm["role"] == "baseline")
+    pairs = [
+        (row["a"], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
+        for row in summary["comparisons"]
+        if row["b"] == baseline
+    ]
+    columns = ("arm", "phase", "throughput ratio [95 %]", "verdict", "interval over")
+    _print_table(console, f"against {baseline}", columns, pairs)
+    for warning in summary["warnings"]:
+        console.print(f"- {escape(warning)}", style="yellow")
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if row["ratio"] is None:
+        return "not measured"
+    low, high = row["ci95"] or (None, None)
+    return f"{row['ratio']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+
+
+@app.command()
+def layouts(
+    model: Annotated[str, typer.Option(help="A named model.")] = "seed",
+    ranks: Annotated[int, typer.Option(min=1, help="Devices.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 128,
+    seq: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 10_000,
+    decode_steps: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
+    layout: Annotated[str | None, typer.Option(help="Only this layout: is it legal, and what does it need?")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the legal layouts of a model on a number of devices, with the memory each needs on its fullest rank.
+
+    Examples:
+
+        headgrid layouts --model seed-kv8 --ranks 16
+
+        headgrid layouts --model seed --ranks 12 --layout tp12
+    """
+    from headgrid.experiment.budget import worst
+    from headgrid.layout.layout import parse_layout
+    from headgrid.layout.legal import check, is_legal, legal_layouts
+    from headgrid.spec.model import find_model
+    from headgrid.spec.workload import Workload
+
+    spec = find_model(model)
+    workload = Workload(batch=batch, seq=min(seq, spec.max_positions - decode_steps), decode_steps=decode_steps, dtype=dtype)  # type: ignore[arg-type]
+    if layout is not None:
+        check(spec, parse_layout(layout), workload, ranks)
+    chosen = [parse_layout(layout)] if layout else [x for x in legal_layouts(spec, ranks) if x.dp <= batch]
+    if layout is None and not any(str(x) == f"tp{ranks}" for x in chosen) and is_legal(spec, parse_layout(f"tp{ranks}")):
+        chosen.append(parse_layout(f"tp{ranks}"))
+    rows = [(str(x), worst(spec, x, workload)) for x in chosen]
+    console = Console(stderr=as_json, highlight=False)
+    if not rows:
+        raise InvalidInput(f"no layout of {model} uses {ranks} ranks with {batch} sequences")
+    title = f"{model}: {spec.num_heads} heads, {spec.num_kv_heads} KV heads x {spec.head_dim}; {ranks} ranks; "
+    title += f"batch {batch} x {workload.seq} + {decode_steps}, {dtype}; GiB on the fullest rank"
+    mib = [
+        (name, *(f"{x / 2**30:,.3f}" for x in (m.parameters_bytes, m.kv_cache_bytes, m.activations_peak_bytes, m.total_bytes)))
+        for name, m in rows
+    ]
+    _print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), mib)
+    if as_json:
+        keys = ("parameters_bytes", "kv_cache_bytes", "activations_peak_bytes", "communication_buffer_bytes", "total_bytes")
+        listed = [{"layout": name} | {key: getattr(m, key) for key in keys} for name, m in rows]
+        sys.stdout.write(json.dumps({"model": model, "ranks": ranks, "layouts": listed}) + "\n")
+
+
+@app.command()
+def report(
+    run: Annotated[Path | None, typer.Argument(help="A run folder; the newest under --out by default.")] = None,
+    out: Out = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Make summary and report of a run again from its journal.
+
+    Example: headgrid report runs/20261122-130000-compare-seed-small
+    """
+    from headgrid.experiment import runner
+
+    folder = run or next(reversed(list(runner.runs(out))), None)
+    if folder is None:
+        raise InvalidInput(f"no run folder under {out}", command="headgrid compare")
+    summary = runner.conclude(folder)
+    console = Console(stderr=as_json, highlight=False)
+    _print_summary(console, summary)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    if as_json:
+        sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show what a run would record of this machine. Example: headgrid env --json"""
+    from headgrid.experiment.machine import environment
+
+    found = environment()
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    console = Console(highlight=False)
+    for key, value in found.items():
+        console.print(f"{key}: {escape(json.dumps(value))}", soft_wrap=True)
+
+

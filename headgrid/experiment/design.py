@@ -1,0 +1,181 @@
+"""What a comparison will do, as a frozen value that is fixed, hashed and written before any rank starts."""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from headgrid import __version__
+from headgrid.errors import InvalidInput, InvalidLayout
+from headgrid.experiment.text import Text
+from headgrid.layout.layout import Layout, parse_layout
+from headgrid.layout.legal import check, divisors, is_legal
+from headgrid.spec.model import ModelSpec
+from headgrid.spec.workload import Workload
+
+Role = Literal["baseline", "aa", "arm"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One layout under a label. The A/A arm is the baseline's layout, and engine, under another label."""
+
+    label: str
+    layout: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How much is measured. Blocks are whole turns of all arms in random order; launches are fresh processes."""
+
+    name: Literal["default", "seed"] = "default"
+    launches: int = 1
+    blocks: int = 8
+    warmup_blocks: int = 1
+    margin: float = 0.01
+    seed: int = 0
+    verify_sequences: int = 4
+
+    def __post_init__(self) -> None:
+        """Raise InvalidInput for counts that measure nothing."""
+        for name, least in (("launches", 1), ("blocks", 1), ("warmup_blocks", 0), ("verify_sequences", 1)):
+            if getattr(self, name) < least:
+                raise InvalidInput(f"{name} = {getattr(self, name)} is less than {least}")
+
+
+SEED_PROTOCOL = Protocol(name="seed", launches=1, blocks=1000, warmup_blocks=100)
+"""The seed experiment's 100 warm-up and 1000 measured iterations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """All that decides what is run. `docs/run-folder.md` describes its JSON form."""
+
+    name: str
+    created: str
+    headgrid_version: str
+    model: ModelSpec
+    workload: Workload
+    arms: tuple[Arm, ...]
+    control: str
+    ranks: int
+    device: Device
+    text: Text
+    protocol: Protocol
+    order: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def backend(self) -> str:
+        """torch's name of the communication library."""
+        return "nccl" if self.device == "cuda" else "gloo"
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The distinct layouts, in the order of the arms."""
+        return tuple(dict.fromkeys(parse_layout(arm.layout) for arm in self.arms))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with its hash."""
+        protocol = asdict(self.protocol)
+        flat = {"schema": 1, "name": self.name, "created": self.created, "headgrid_version": self.headgrid_version}
+        flat |= {"model": self.model.to_dict(), "workload": asdict(self.workload), "arms": [asdict(a) for a in self.arms]}
+        flat |= {"control": self.control, "ranks": self.ranks, "device": self.device, "backend": self.backend}
+        flat |= {"text": asdict(self.text), "protocol": protocol.pop("name"), **protocol}
+        flat["order"] = [[list(block) for block in launch] for launch in self.order]
+        declared = json.dumps({k: v for k, v in flat.items() if k != "created"}, sort_keys=True)
+        return flat | {"hash": hashlib.sha256(declared.encode()).hexdigest()}
+
+
+def from_dict(data: dict[str, Any]) -> Design:
+    """The inverse of `Design.to_dict`. Raises InvalidInput if the hash does not fit."""
+    protocol_fields = {f.name for f in fields(Protocol)} - {"name"}
+    design = Design(
+        name=data["name"],
+        created=data["created"],
+        headgrid_version=data["headgrid_version"],
+        model=ModelSpec(**data["model"]),
+        workload=Workload(**data["workload"]),
+        arms=tuple(Arm(**arm) for arm in data["arms"]),
+        control=data["control"],
+        ranks=data["ranks"],
+        device=data["device"],
+        text=Text(**data["text"]),
+        protocol=Protocol(name=data["protocol"], **{name: data[name] for name in protocol_fields}),
+        order=tuple(tuple(tuple(block) for block in launch) for launch in data["order"]),
+    )
+    if design.to_dict()["hash"] != data.get("hash"):
+        raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
+    return design
+
+
+def random_order(arms: int, protocol: Protocol) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """order[launch][block]: a fresh permutation of the arms for every block, warm-up blocks first, fixed by the seed."""
+    draw = random.Random(protocol.seed)
+    blocks = protocol.warmup_blocks + protocol.blocks
+    return tuple(
+        tuple(tuple(draw.sample(range(arms), arms)) for _ in range(blocks)) for _ in range(protocol.launches)
+    )
+
+
+def _grid(model: ModelSpec, ranks: int) -> tuple[int, int] | None:
+    """The n x m nearest to a square that this model allows with m > 1, as the seed's 4 x 4 is for 16."""
+    pairs = [(n, ranks // n) for n in divisors(ranks) if n < ranks and model.num_kv_heads % n == 0]
+    pairs = [(n, m) for n, m in pairs if m <= model.head_dim // 2]
+    return min(pairs, key=lambda pair: (abs(math.log(pair[0] / pair[1])), -pair[0]), default=None)
+
+
+def default_arms(model: ModelSpec, ranks: int) -> tuple[str, ...]:
+    """The baseline tp(P/2)pp2, the seed as written, the same grid with all-to-all, tp P and dp P: those that are legal."""
+    grid = _grid(model, ranks)
+    names = [f"tp{ranks // 2}pp2" if ranks > 2 else "pp2"] if ranks % 2 == 0 else []
+    if grid:
+        names += [f"n{grid[0]}m{grid[1]}:gather+concat", f"n{grid[0]}m{grid[1]}:batch"]
+    names += [f"tp{ranks}", f"dp{ranks}"]
+    return tuple(name for name in names if is_legal(model, parse_layout(name)))
+
+
+def control_layout(model: ModelSpec, ranks: int) -> str:
+    """The negative control: softmax per slice, without the sum. Another function, which verification must reject."""
+    grid = _grid(model, ranks)
+    if grid is None:
+        raise InvalidLayout(f"no n x m grid of {model.name} fits {ranks} ranks, so there is no negative control")
+    return f"n{grid[0]}m{grid[1]}:independent"
+
+
+def name_arms(layouts: Sequence[str]) -> tuple[Arm, ...]:
+    """The first layout is the baseline and gets an A/A twin; labels are the layouts' own notation."""
+    names = [str(parse_layout(text)) for text in layouts]
+    if len(set(names)) != len(names):
+        raise InvalidInput(f"an arm is named twice: {', '.join(names)}", why="an A/A twin of the first one is added anyway")
+    baseline, *others = names
+    twin = Arm(f"{baseline} (A/A)", baseline, "aa")
+    return (Arm(baseline, baseline, "baseline"), twin, *(Arm(name, name, "arm") for name in others))
+
+
+def declare(
+    *, model: ModelSpec, workload: Workload, arms: Sequence[str], ranks: int, device: Device, text: Text, protocol: Protocol
+) -> Design:
+    """Fix the whole comparison. Raises InvalidLayout or InvalidInput, with the legal alternatives, before anything runs."""
+    named = name_arms(arms)
+    for arm in named:
+        check(model, parse_layout(arm.layout), workload, ranks)
+    return Design(
+        name=f"compare-{model.name}",
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        headgrid_version=__version__,
+        model=model,
+        workload=workload,
+        arms=named,
+        control=control_layout(model, ranks),
+        ranks=ranks,
+        device=device,
+        text=text,
+        protocol=protocol,
+        order=random_order(len(named), protocol),
+    )

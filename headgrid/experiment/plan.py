@@ -1,0 +1,102 @@
+"""From what a user asked for to a design: defaults sized for this machine, refusals before anything starts."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from headgrid.errors import InvalidInput, NotAvailable
+from headgrid.experiment import budget
+from headgrid.experiment.design import SEED_PROTOCOL, Design, Protocol, control_layout, declare, default_arms
+from headgrid.experiment.machine import Machine, look
+from headgrid.experiment.text import identify
+from headgrid.layout.layout import parse_layout
+from headgrid.layout.legal import check
+from headgrid.spec.model import ModelSpec, find_model
+from headgrid.spec.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """The options of `headgrid compare`; None means the default for this machine."""
+
+    model: str | None = None
+    arms: tuple[str, ...] | None = None
+    ranks: int | None = None
+    batch: int | None = None
+    seq: int | None = None
+    decode_steps: int | None = None
+    dtype: str | None = None
+    blocks: int | None = None
+    launches: int | None = None
+    protocol: str = "default"
+    text: str = "pydoc_data.topics"
+    device: str | None = None
+    seed: int = 0
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"model": "seed-small", "batch": 16, "seq": 64, "decode_steps": 3, "dtype": "float32", "blocks": 6, "verify": 16},
+    "cuda": {"model": "seed", "batch": 128, "seq": 10_000, "decode_steps": 32, "dtype": "float16", "blocks": 5, "verify": 4},
+}
+
+
+def make(wishes: Wishes) -> tuple[Design, list[str]]:
+    """The design, and what had to be decided that the user should know. Raises before any process starts."""
+    if wishes.device not in (None, "cpu", "cuda"):
+        raise InvalidInput(f"device {wishes.device!r} is not known", legal=("cpu", "cuda"))
+    machine = look(wishes.ranks, wishes.device)  # type: ignore[arg-type]
+    ranks = _ranks(wishes, machine)
+    default = _DEFAULTS[machine.device]
+    model = find_model(wishes.model or default["model"])
+    arms = wishes.arms if wishes.arms is not None else default_arms(model, ranks)
+    if not arms:
+        raise InvalidInput("no arms to compare", legal=("--arms tp8pp2,n4m4:batch",))
+    workload = _workload(wishes, default, model)
+    layouts = list(dict.fromkeys(parse_layout(text) for text in (*arms, control_layout(model, ranks))))
+    for layout in layouts:
+        check(model, layout, workload, ranks)
+    notes: list[str] = []
+    if wishes.batch is None:
+        fits = budget.largest_batch(model, layouts, workload, machine.device, machine.free_bytes, workload.batch)
+        if 0 < fits < workload.batch:
+            notes.append(f"batch {fits} instead of {workload.batch}: the largest that the predicted memory allows")
+            workload = dataclasses.replace(workload, batch=fits)
+    budget.ensure_fits(model, layouts, workload, machine.device, machine.free_bytes)
+    design = declare(
+        model=model,
+        workload=workload,
+        arms=arms,
+        ranks=ranks,
+        device=machine.device,
+        text=identify(wishes.text),
+        protocol=_protocol(wishes, default, workload),
+    )
+    return design, notes
+
+
+def _ranks(wishes: Wishes, machine: Machine) -> int:
+    ranks = wishes.ranks or machine.num_devices
+    if machine.device == "cuda" and ranks > machine.num_devices:
+        raise NotAvailable(
+            f"{ranks} ranks need {ranks} GPUs and there are {machine.num_devices}",
+            legal=(f"--ranks {machine.num_devices}", "--device cpu"),
+        )
+    if ranks < 2:
+        raise NotAvailable("a comparison of layouts needs at least 2 devices", legal=("--device cpu",))
+    return ranks
+
+
+def _workload(wishes: Wishes, default: dict[str, Any], model: ModelSpec) -> Workload:
+    sizes = {name: getattr(wishes, name) or default[name] for name in ("batch", "seq", "decode_steps", "dtype")}
+    if wishes.seq is None:
+        sizes["seq"] = min(sizes["seq"], model.max_positions - sizes["decode_steps"])
+    return Workload(**sizes)
+
+
+def _protocol(wishes: Wishes, default: dict[str, Any], workload: Workload) -> Protocol:
+    if wishes.protocol not in ("default", "seed"):
+        raise InvalidInput(f"protocol {wishes.protocol!r} is not known", legal=("default", "seed"))
+    base = SEED_PROTOCOL if wishes.protocol == "seed" else Protocol(blocks=default["blocks"])
+    changes: dict[str, Any] = {name: getattr(wishes, name) for name in ("blocks", "launches") if getattr(wishes, name)}
+    verify = min(default["verify"], workload.batch)
+    return dataclasses.replace(base, seed=wishes.seed, verify_sequences=verify, **changes)

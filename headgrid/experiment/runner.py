@@ -1,0 +1,153 @@
+"""Carries out a design: a folder, then its launches one after the other, then summary and report."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from headgrid.errors import InvalidInput
+from headgrid.experiment.design import Design, from_dict
+from headgrid.experiment.journal import Journal, read
+from headgrid.experiment.machine import environment
+from headgrid.experiment.stats import summarise
+from headgrid.report.html import render
+from headgrid.runtime import launch
+
+TARGET = "headgrid.experiment.worker:run_launch"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: records of each kind that exist and that will, and the latest one."""
+
+    done: int
+    total: int
+    latest: str
+
+
+def create(design: Design, out: Path) -> Path:
+    """Make the run folder with design and environment. Nothing is left half-written: the folder appears whole."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = out / f"{stamp}-{design.name}"
+    building = out / f".{folder.name}.{os.getpid()}"
+    try:
+        building.mkdir(parents=True)
+        write_json(building / "design.json", design.to_dict())
+        write_json(building / "env.json", environment())
+        Journal(building / "journal.jsonl").close()
+        building.rename(folder)
+    except OSError as error:
+        raise InvalidInput(f"cannot write the run folder {folder}", why=str(error), legal=("--out FOLDER",)) from error
+    return folder
+
+
+def open_run(folder: Path) -> tuple[Design, list[dict[str, Any]]]:
+    """The design and the records of an existing run. Raises InvalidInput if it is not one."""
+    try:
+        data = json.loads((folder / "design.json").read_text())
+        design = from_dict(data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f"{folder} is not a run folder", why=f"design.json: {error}") from error
+    return design, read(folder / "journal.jsonl")
+
+
+def done_blocks(records: list[dict[str, Any]], index: int) -> list[tuple[int, str]]:
+    """The (block, arm) pairs of launch `index` that the journal holds."""
+    return [(r["block"], r["arm"]) for r in records if r["kind"] == "block" and r["launch"] == index]
+
+
+def finished_launches(records: list[dict[str, Any]]) -> set[int]:
+    """Launches that came to their end."""
+    return {r["launch"] for r in records if r["kind"] == "end" and r["completed"]}
+
+
+def carry_out(folder: Path, on_progress: Callable[[Progress], None]) -> None:
+    """Run every launch that the journal does not show as finished, on ranks of this host."""
+    design, records = open_run(folder)
+    watch = _Watch(folder, design, on_progress)
+    for index in range(design.protocol.launches):
+        if index not in finished_launches(records):
+            job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
+            launch.run(job, on_poll=watch, log_to=folder / "logs")
+            watch()
+
+
+def carry_out_joined(folder: Path) -> None:
+    """The same inside ranks that torchrun started: one launch, since the processes are given."""
+    design, records = open_run(folder)
+    unfinished = [i for i in range(design.protocol.launches) if i not in finished_launches(records)]
+    if unfinished:
+        payload = _payload(folder, design, records, unfinished[0])
+        launch.join(launch.Job(TARGET, payload, design.ranks, design.backend))
+
+
+def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index: int) -> dict[str, Any]:
+    return {
+        "design": design.to_dict(),
+        "folder": str(folder.resolve()),
+        "launch": index,
+        "done": [list(pair) for pair in done_blocks(records, index)],
+        "started": time.time(),
+    }
+
+
+class _Watch:
+    """Follows the journal while ranks write it."""
+
+    def __init__(self, folder: Path, design: Design, report: Callable[[Progress], None]) -> None:
+        self._path, self._report, self._size = folder / "journal.jsonl", report, -1
+        protocol, arms = design.protocol, len(design.arms)
+        pipelines = sum(parse.pp > 1 for parse in design.layouts)
+        self._total = protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+
+    def __call__(self) -> None:
+        size = self._path.stat().st_size
+        if size != self._size:
+            self._size = size
+            records = read(self._path)
+            latest = describe(records[-1]) if records else "starting ranks"
+            self._report(Progress(min(len(records), self._total), self._total, latest))
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A record in a few words, for the progress line."""
+    kind, arm = record["kind"], record.get("arm", "")
+    if kind == "block":
+        warm = "warm-up " if record["warmup"] else ""
+        return f"{warm}block {record['block']}: {arm} {max(record['prefill_s']):.3g} s"
+    if kind == "verify":
+        return f"{arm}: {'verified' if record['verified'] else 'FAILED: ' + record['reason']}"
+    if kind == "control":
+        return f"control {record['layout']}: {'rejected' if record['rejected'] else 'NOT REJECTED'}"
+    return f"{kind} {arm}".strip()
+
+
+def conclude(folder: Path) -> dict[str, Any]:
+    """Write summary.json and report.html from the journal alone; returns the summary."""
+    design, records = open_run(folder)
+    summary = summarise(design.to_dict(), records) | {"run": str(folder)}
+    write_json(folder / "summary.json", summary)
+    env = json.loads((folder / "env.json").read_text())
+    write_text(folder / "report.html", render(design.to_dict(), env, records, summary))
+    return summary
+
+
+def runs(out: Path) -> Iterator[Path]:
+    """Run folders under `out`, newest last."""
+    yield from sorted(path.parent for path in out.glob("*/design.json"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict, readable JSON at once or not at all."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)

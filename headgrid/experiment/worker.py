@@ -1,0 +1,265 @@
+"""One launch of a comparison, as every rank runs it: build, verify, look, then time in the declared order.
+
+Rank 0 writes the journal. Everything ranks tell each other travels as numbers or JSON in tensors, never pickled.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from headgrid.experiment.design import Arm, Design, from_dict
+from headgrid.experiment.journal import Journal
+from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
+from headgrid.experiment.text import read, token_rows
+from headgrid.experiment.verify import SENSITIVE, Oracle, Trace, judge, judge_control
+from headgrid.layout.layout import Layout, parse_layout
+from headgrid.layout.memory import cache_shape, predict
+from headgrid.layout.traffic import decode_collectives, prefill_collectives
+from headgrid.runtime.cache import new_arena
+from headgrid.runtime.collectives import Recorder, barrier
+from headgrid.runtime.engine import Engine
+from headgrid.runtime.mesh import GroupPool, Mesh
+from headgrid.runtime.stage import load
+from headgrid.runtime.weights import draw
+
+
+def gather_json(value: Any, device: torch.device) -> list[Any]:
+    """`value` of every rank, on every rank."""
+    data = torch.tensor(list(json.dumps(value, allow_nan=False).encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([len(data)], device=device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = int(torch.stack(sizes).max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(data)] = data
+    parts = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[: int(n)].tolist())) for part, n in zip(parts, sizes, strict=True)]
+
+
+class Launch:
+    """State of one launch on one rank."""
+
+    def __init__(self, rank: int, design: Design, index: int, folder: Path) -> None:
+        """Make the input, the groups and the cache arena; nothing is drawn yet."""
+        self.rank, self.design, self.index = rank, design, index
+        cuda = design.device == "cuda"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.dtype: torch.dtype = getattr(torch, design.workload.dtype)
+        self.journal = Journal(folder / "journal.jsonl") if rank == 0 else None
+        self.pool = GroupPool(rank)
+        rows = token_rows(read(design.text.source), design.workload.batch, design.workload.seq)
+        self.input_sha256 = hashlib.sha256(b"".join(rows)).hexdigest()
+        self.prompts = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1).long()
+        generator = torch.Generator().manual_seed(design.protocol.seed + index)
+        chosen = torch.randperm(len(rows), generator=generator)[: design.protocol.verify_sequences]
+        self.verified_rows = sorted(chosen.tolist())
+        elements = max(self._cache_elements(layout) for layout in (*design.layouts, parse_layout(design.control)))
+        self.arena = new_arena(elements, self.dtype, self.device)
+        seed = design.protocol.seed
+        self.oracle = Oracle(design.model, seed, self.dtype, self.device, self.prompts[self.verified_rows])
+
+    def _cache_elements(self, layout: Layout) -> int:
+        return cache_shape(self.design.model, layout, self.design.workload, self.rank).elements
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Append to the journal (rank 0)."""
+        if self.journal is not None:
+            self.journal.append({"kind": kind, "launch": self.index, "time_s": time.time(), **values})
+
+    def engine(self, layout: Layout) -> Engine:
+        """The layout's groups, weights and engine; its cache shares the arena with the others'."""
+        model, seed = self.design.model, self.design.protocol.seed
+
+        def get(name: str, shard: Any) -> Tensor:
+            return draw(model, seed, name, shard, dtype=self.dtype, device=self.device)
+
+        mesh = Mesh(layout, self.pool)
+        return Engine(model, layout, self.design.workload, mesh, load(model, layout, self.rank, get), self.arena)
+
+    def share(self, x: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        dist.all_reduce(x)
+        return x
+
+    def trace(self, engine: Engine) -> Trace:
+        """Prefill and decode the whole batch; the verified rows' logits and tokens, on every rank."""
+        workload, vocab = self.design.workload, self.design.model.vocab_size
+        engine.prefill(self.prompts)
+        logits, tokens = engine.logits[None].clone(), engine.tokens[None].clone()
+        decoded = engine.decode(workload.decode_steps, keep_logits=True)
+        shape = (len(self.verified_rows), 1 + workload.decode_steps)
+        all_logits = torch.zeros(*shape, vocab, dtype=torch.float32, device=self.device)
+        all_tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        if engine.stage.last and engine.mesh.tp.index == 0:
+            assert decoded.logits is not None
+            logits, tokens = torch.cat([logits, decoded.logits]), torch.cat([tokens, decoded.tokens])
+            for n, row in enumerate(self.verified_rows):
+                if engine.rows.start <= row < engine.rows.stop:
+                    all_logits[n] = logits[:, row - engine.rows.start].float()
+                    all_tokens[n] = tokens[:, row - engine.rows.start]
+        return Trace(self.share(all_logits), self.share(all_tokens))
+
+    def judged(self, engine: Engine) -> tuple[Trace, Any]:
+        """The arm's trace and the reference's logits for the same tokens; sequences are divided among ranks."""
+        trace = self.trace(engine)
+        mine = range(self.rank, len(self.verified_rows), self.design.ranks)
+        return trace, self.oracle.truth(trace.tokens, list(mine), self.share)
+
+
+def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
+    """Entry point of every rank. `payload`: design, folder, launch index, and the (block, arm) pairs already done."""
+    begun = time.time()
+    design = from_dict(payload["design"])
+    launch = Launch(rank, design, payload["launch"], Path(payload["folder"]))
+    names = gather_json(torch.cuda.get_device_name() if design.device == "cuda" else "cpu", launch.device)
+    weights = json.dumps([design.model.to_dict(), design.protocol.seed], sort_keys=True)
+    launch.record(
+        "launch",
+        design_hash=payload["design"]["hash"],
+        ranks=ranks,
+        device_names=names,
+        input_sha256=launch.input_sha256,
+        weights_sha256=hashlib.sha256(weights.encode()).hexdigest(),
+        start_s=begun - payload["started"],
+    )
+    sensitive = _run_control(launch)
+    engines = {str(layout): launch.engine(layout) for layout in design.layouts}
+    verified = {name: _examine(launch, engine, sensitive) for name, engine in engines.items()}
+    arms = [arm for arm in design.arms if verified[arm.layout]]
+    for block, arm in _turns(launch, payload["done"]):
+        if arm in arms:
+            _time_block(launch, engines[arm.layout], arm, block)
+    launch.record("end", completed=True)
+
+
+def _turns(launch: Launch, done: list[list[Any]]) -> Iterator[tuple[int, Arm]]:
+    """Blocks and arms in the declared order, without those that a resumed run already has."""
+    finished = {(block, label) for block, label in done}
+    for block, order in enumerate(launch.design.order[launch.index]):
+        for position in order:
+            arm = launch.design.arms[position]
+            if (block, arm.label) not in finished:
+                yield block, arm
+
+
+def _run_control(launch: Launch) -> bool:
+    """Run the softmax-per-slice control. True if it moves the logits enough for verification to mean something."""
+    design = launch.design
+    trace, truth = launch.judged(launch.engine(parse_layout(design.control)))
+    verdict = judge_control(trace, truth, design.workload.dtype, design.ranks)
+    launch.record("control", layout=design.control, **verdict)
+    return verdict["rejected"] and (verdict["sensitivity"] is None or verdict["sensitivity"] > SENSITIVE)
+
+
+def _examine(launch: Launch, engine: Engine, sensitive: bool) -> bool:
+    """Everything about one layout that is not timing. True if it is verified."""
+    layout, design = str(engine.layout), launch.design
+    labels = [arm.label for arm in design.arms if arm.layout == layout]
+    memory = _measure_memory(launch, engine)
+    traffic = [_measure_traffic(launch, engine, phase) for phase in ("prefill", "decode")]
+    events = _measure_pipeline(launch, engine) if engine.layout.pp > 1 else None
+    if launch.device.type == "cuda":
+        engine.capture()
+    trace, truth = launch.judged(engine)
+    verdict = judge(trace, truth, design.workload.dtype, design.ranks, sensitive)
+    for label in labels:
+        launch.record("memory", arm=label, **memory)
+        for row in traffic:
+            launch.record("traffic", arm=label, **row)
+        if events is not None:
+            launch.record("pipeline", arm=label, events=events)
+        launch.record("verify", arm=label, of_sequences=design.workload.batch, **verdict)
+    return verdict["verified"]
+
+
+def _measure_memory(launch: Launch, engine: Engine) -> dict[str, Any]:
+    """A prefill under watch; figures of all ranks beside the layout's prediction."""
+    meter, recorder, mesh = PeakMemory(launch.device), Recorder(), engine.mesh
+    with mesh.observed(recorder):
+        if launch.device.type == "cpu":
+            with mesh.observed(Settle()), meter.watch():
+                engine.prefill(launch.prompts)
+        else:
+            with meter.watch():
+                engine.prefill(launch.prompts)
+    mine = {
+        "parameters_bytes": sum(x.numel() * x.element_size() for x in engine.stage.weights.values()),
+        "kv_cache_bytes": engine.stage.cache.size_bytes,
+        "activations_peak_bytes": meter.peak_bytes,
+        "communication_buffer_bytes": recorder.largest_buffer_bytes,
+    }
+    design = launch.design
+    predicted = [asdict(predict(design.model, engine.layout, design.workload, rank)) for rank in range(design.ranks)]
+    return {"per_rank": gather_json(mine, launch.device), "predicted": predicted, "measured_by": meter.measured_by}
+
+
+def _measure_traffic(launch: Launch, engine: Engine, phase: str) -> dict[str, Any]:
+    """One prefill, or one decode step after it, with every collective timed and counted."""
+    recorder, timer, design = Recorder(), CollectiveTimer(launch.device), launch.design
+    predict_phase = prefill_collectives if phase == "prefill" else decode_collectives
+    barrier(launch.device)
+    with engine.mesh.observed(recorder), engine.mesh.observed(timer):
+        if phase == "prefill":
+            engine.prefill(launch.prompts)
+        else:
+            engine.decode(1)
+    predicted = predict_phase(design.model, engine.layout, design.workload, launch.rank)
+    mine = {"totals": timer.totals(), "as_predicted": as_predicted(recorder.issued, predicted)}
+    everyone = gather_json(mine, launch.device)
+    ops = merge_totals([each["totals"] for each in everyone])
+    return {"phase": phase, "ops": ops, "as_predicted": all(each["as_predicted"] for each in everyone)}
+
+
+def _measure_pipeline(launch: Launch, engine: Engine) -> list[dict[str, Any]]:
+    """When each stage computes which micro-batch, in a prefill and three decode steps; one rank for each stage."""
+    clock = StageClock(engine.mesh.at.pp, launch.device)
+    barrier(launch.device)
+    engine.prefill(launch.prompts, observe=clock)
+    engine.decode(min(3, launch.design.workload.decode_steps), observe=clock)
+    speaks = engine.mesh.tp.index == 0 and engine.mesh.at.dp == 0
+    events = [event for each in gather_json(clock.events if speaks else [], launch.device) for event in each]
+    begun = min(event["start_s"] for event in events)
+    for event in events:
+        event["start_s"] -= begun
+        event["end_s"] -= begun
+    return events
+
+
+def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int) -> None:
+    """A prefill of the batch, then decode steps on the cache it wrote. No observer, no profiler."""
+    design = launch.design
+    prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts))
+    decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps))
+    order = design.order[launch.index][block]
+    launch.record(
+        "block",
+        block=block,
+        position=order.index(design.arms.index(arm)),
+        arm=arm.label,
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        decode_steps=design.workload.decode_steps,
+        warmup=block < design.protocol.warmup_blocks,
+    )
+
+
+def _timed(launch: Launch, work: Any) -> list[float]:
+    """Seconds that each rank took from a common barrier to the end of its own work."""
+    barrier(launch.device)
+    start = time.perf_counter()
+    work()
+    if launch.device.type == "cuda":
+        torch.cuda.synchronize(launch.device)
+    elapsed = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device=launch.device)
+    everyone = [torch.zeros_like(elapsed) for _ in range(launch.design.ranks)]
+    dist.all_gather(everyone, elapsed)
+    return [round(float(seconds), 9) for seconds in everyone]

@@ -16,7 +16,9 @@ from rich.table import Table
 from headgrid import __version__
 from headgrid.errors import HeadgridError, InvalidInput, VerificationFailed
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
+)
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
 Out = Annotated[Path, typer.Option(help="Folder for run folders.")]
 
@@ -62,7 +64,9 @@ def compare(
     decode_steps: Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Measured blocks in each launch.")] = None,
-    launches: Annotated[int | None, typer.Option(min=1, help="Fresh launches: 5 or more give an interval over launches.")] = None,
+    launches: Annotated[
+        int | None, typer.Option(min=1, help="Fresh launches: 5 or more give an interval over launches.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="`default`, or `seed` for 100 + 1000 iterations.")] = "default",
     text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
@@ -104,14 +108,15 @@ def compare(
         design, notes = plan.make(wishes)
         for note in notes:
             console.print(escape(note), style="yellow")
-        folder = launch.agree(lambda: runner.create(design, out))
+        backend, open_folder = design.backend, lambda: runner.create(design, out)
     else:
-        folder = resume
+        backend, open_folder = runner.open_run(resume)[0].backend, lambda: resume
     if launch.joined_by_torchrun():
-        runner.carry_out_joined(folder)
-        if launch.torchrun_rank()[0]:
+        folder = runner.carry_out_joined(backend, open_folder)
+        if folder is None:
             return
     else:
+        folder = open_folder()
         with _progress(console) as show:
             runner.carry_out(folder, show)
     summary = runner.conclude(folder)
@@ -137,7 +142,13 @@ def _raise_if_failed(summary: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress(console: Console) -> Any:
-    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting ranks", total=None)
 
@@ -223,11 +234,16 @@ def layouts(
     from headgrid.spec.workload import Workload
 
     spec = find_model(model)
-    workload = Workload(batch=batch, seq=min(seq, spec.max_positions - decode_steps), decode_steps=decode_steps, dtype=dtype)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"batch": batch, "seq": min(seq, spec.max_positions - decode_steps)}
+    workload = Workload(**sizes, decode_steps=decode_steps, dtype=dtype)  # pyright: ignore[reportArgumentType]
     if layout is not None:
         check(spec, parse_layout(layout), workload, ranks)
     chosen = [parse_layout(layout)] if layout else [x for x in legal_layouts(spec, ranks) if x.dp <= batch]
-    if layout is None and not any(str(x) == f"tp{ranks}" for x in chosen) and is_legal(spec, parse_layout(f"tp{ranks}")):
+    if (
+        layout is None
+        and not any(str(x) == f"tp{ranks}" for x in chosen)
+        and is_legal(spec, parse_layout(f"tp{ranks}"))
+    ):
         chosen.append(parse_layout(f"tp{ranks}"))
     rows = [(str(x), worst(spec, x, workload)) for x in chosen]
     console = Console(stderr=as_json, highlight=False)
@@ -236,12 +252,24 @@ def layouts(
     title = f"{model}: {spec.num_heads} heads, {spec.num_kv_heads} KV heads x {spec.head_dim}; {ranks} ranks; "
     title += f"batch {batch} x {workload.seq} + {decode_steps}, {dtype}; GiB on the fullest rank"
     mib = [
-        (name, *(f"{x / 2**30:,.3f}" for x in (m.parameters_bytes, m.kv_cache_bytes, m.activations_peak_bytes, m.total_bytes)))
+        (
+            name,
+            *(
+                f"{x / 2**30:,.3f}"
+                for x in (m.parameters_bytes, m.kv_cache_bytes, m.activations_peak_bytes, m.total_bytes)
+            ),
+        )
         for name, m in rows
     ]
     _print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), mib)
     if as_json:
-        keys = ("parameters_bytes", "kv_cache_bytes", "activations_peak_bytes", "communication_buffer_bytes", "total_bytes")
+        keys = (
+            "parameters_bytes",
+            "kv_cache_bytes",
+            "activations_peak_bytes",
+            "communication_buffer_bytes",
+            "total_bytes",
+        )
         listed = [{"layout": name} | {key: getattr(m, key) for key in keys} for name, m in rows]
         sys.stdout.write(json.dumps({"model": model, "ranks": ranks, "layouts": listed}) + "\n")
 
@@ -281,5 +309,3 @@ def env(as_json: Json = False) -> None:
     console = Console(highlight=False)
     for key, value in found.items():
         console.print(f"{key}: {escape(json.dumps(value))}", soft_wrap=True)
-
-

@@ -23,7 +23,9 @@ _SCORE_ELEMENTS = 1 << 26  # scores held at a time: 512 MiB in float64
 class Reference:
     """A model on one device, its weights fetched layer by layer, so that only one layer is held at a time."""
 
-    def __init__(self, model: ModelSpec, get: GetWeight, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: ModelSpec, get: GetWeight, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         """`get(name)` returns whole weights; they are converted to `dtype` on `device`."""
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
         self._fetch = get
@@ -95,7 +97,9 @@ class Reference:
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         name = f"layers.{layer}.mlp"
         approximate = "tanh" if self.model.activation == "gelu_tanh" else "none"
-        return self._linear(F.gelu(self._linear(self._norm(x, name), f"{name}.up"), approximate=approximate), f"{name}.down")
+        return self._linear(
+            F.gelu(self._linear(self._norm(x, name), f"{name}.up"), approximate=approximate), f"{name}.down"
+        )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -16,7 +16,7 @@ OVERHEAD_BYTES = {"cpu": 128 << 20, "cuda": 6 << 30}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of the fullest rank: all arms' parameters at once, one arena for the largest cache, one arm's activations."""
+    """Bytes of the fullest rank: all arms' parameters, an arena for the largest cache, one arm's activations."""
 
     parameters_bytes: int
     kv_cache_bytes: int
@@ -62,9 +62,7 @@ def largest_batch(
     return low if low >= smallest else 0
 
 
-def ensure_fits(
-    model: ModelSpec, layouts: Sequence[Layout], workload: Workload, device: str, free_bytes: int
-) -> Need:
+def ensure_fits(model: ModelSpec, layouts: Sequence[Layout], workload: Workload, device: str, free_bytes: int) -> Need:
     """The need. Raises NotAvailable with the table of what is needed and free, and the largest batch that fits."""
     wanted = need(model, layouts, workload, device)
     if wanted.total_bytes <= free_bytes:
@@ -80,4 +78,3 @@ def ensure_fits(
         why=f"batch {workload.batch} x {workload.seq} positions in {workload.dtype}",
         legal=(f"--batch {fits}",) if fits else ("a smaller --seq", "fewer --arms", "more --ranks"),
     )
-

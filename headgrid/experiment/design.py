@@ -84,7 +84,11 @@ class Design:
         """The JSON form, with its hash."""
         protocol = asdict(self.protocol)
         flat = {"schema": 1, "name": self.name, "created": self.created, "headgrid_version": self.headgrid_version}
-        flat |= {"model": self.model.to_dict(), "workload": asdict(self.workload), "arms": [asdict(a) for a in self.arms]}
+        flat |= {
+            "model": self.model.to_dict(),
+            "workload": asdict(self.workload),
+            "arms": [asdict(a) for a in self.arms],
+        }
         flat |= {"control": self.control, "ranks": self.ranks, "device": self.device, "backend": self.backend}
         flat |= {"text": asdict(self.text), "protocol": protocol.pop("name"), **protocol}
         flat["order"] = [[list(block) for block in launch] for launch in self.order]
@@ -115,12 +119,10 @@ def from_dict(data: dict[str, Any]) -> Design:
 
 
 def random_order(arms: int, protocol: Protocol) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """order[launch][block]: a fresh permutation of the arms for every block, warm-up blocks first, fixed by the seed."""
+    """order[launch][block]: a permutation of the arms for every block, warm-up blocks first, fixed by the seed."""
     draw = random.Random(protocol.seed)
     blocks = protocol.warmup_blocks + protocol.blocks
-    return tuple(
-        tuple(tuple(draw.sample(range(arms), arms)) for _ in range(blocks)) for _ in range(protocol.launches)
-    )
+    return tuple(tuple(tuple(draw.sample(range(arms), arms)) for _ in range(blocks)) for _ in range(protocol.launches))
 
 
 def _grid(model: ModelSpec, ranks: int) -> tuple[int, int] | None:
@@ -131,7 +133,7 @@ def _grid(model: ModelSpec, ranks: int) -> tuple[int, int] | None:
 
 
 def default_arms(model: ModelSpec, ranks: int) -> tuple[str, ...]:
-    """The baseline tp(P/2)pp2, the seed as written, the same grid with all-to-all, tp P and dp P: those that are legal."""
+    """The baseline tp(P/2)pp2, the seed as written, the same grid with all-to-all, tp P and dp P, where legal."""
     grid = _grid(model, ranks)
     names = [f"tp{ranks // 2}pp2" if ranks > 2 else "pp2"] if ranks % 2 == 0 else []
     if grid:
@@ -152,16 +154,25 @@ def name_arms(layouts: Sequence[str]) -> tuple[Arm, ...]:
     """The first layout is the baseline and gets an A/A twin; labels are the layouts' own notation."""
     names = [str(parse_layout(text)) for text in layouts]
     if len(set(names)) != len(names):
-        raise InvalidInput(f"an arm is named twice: {', '.join(names)}", why="an A/A twin of the first one is added anyway")
+        raise InvalidInput(
+            f"an arm is named twice: {', '.join(names)}", why="an A/A twin of the first one is added anyway"
+        )
     baseline, *others = names
     twin = Arm(f"{baseline} (A/A)", baseline, "aa")
     return (Arm(baseline, baseline, "baseline"), twin, *(Arm(name, name, "arm") for name in others))
 
 
 def declare(
-    *, model: ModelSpec, workload: Workload, arms: Sequence[str], ranks: int, device: Device, text: Text, protocol: Protocol
+    *,
+    model: ModelSpec,
+    workload: Workload,
+    arms: Sequence[str],
+    ranks: int,
+    device: Device,
+    text: Text,
+    protocol: Protocol,
 ) -> Design:
-    """Fix the whole comparison. Raises InvalidLayout or InvalidInput, with the legal alternatives, before anything runs."""
+    """Fix the whole comparison. Raises InvalidLayout or InvalidInput with the legal alternatives."""
     named = name_arms(arms)
     for arm in named:
         check(model, parse_layout(arm.layout), workload, ranks)

@@ -13,7 +13,16 @@ import psutil
 from headgrid.experiment.design import Device
 from headgrid.runtime.launch import machine_environment
 
-_PACKAGES = ("torch", "numpy", "scipy", "triton", "transformers", "safetensors", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "triton",
+    "transformers",
+    "safetensors",
+    "nvidia-nccl-cu13",
+    "nvidia-cudnn-cu13",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +99,7 @@ def environment() -> dict[str, Any]:
         "load_average": list(psutil.getloadavg()),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "nccl": _version("nvidia-nccl-cu13") or _version("nvidia-nccl-cu12"),
         "gpus": gpu_rows(),
         "environment": machine_environment(),
         "git": _git(),
@@ -120,4 +129,6 @@ def _git() -> dict[str, Any] | None:
         changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())} if commit.returncode == 0 else None
+    return (
+        {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())} if commit.returncode == 0 else None
+    )

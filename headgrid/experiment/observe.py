@@ -67,7 +67,11 @@ def merge_totals(per_rank: list[dict[str, dict[str, Any]]]) -> list[dict[str, An
 
 
 class StageClock:
-    """Keeps when this stage computed which micro-batch. Synchronises the device, so never in a timed pass."""
+    """Keeps when this stage computed which micro-batch. Waits for the compute stream, so never in a timed pass.
+
+    Only for that stream: to wait for the device would be to wait for messages that are expected later, and a stage
+    that waits for the next micro-batch before it finishes this one stops the pipeline for good.
+    """
 
     def __init__(self, stage: int, device: torch.device) -> None:
         """`stage` is this rank's pipeline stage."""
@@ -76,7 +80,7 @@ class StageClock:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return time.monotonic()  # one clock for all ranks of a host
 
     def __call__(self, phase: str, micro_batch: int, step: int, compute: Callable[[], Tensor]) -> Tensor:

@@ -35,8 +35,24 @@ class Wishes:
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"model": "seed-small", "batch": 16, "seq": 64, "decode_steps": 3, "dtype": "float32", "blocks": 6, "verify": 16},
-    "cuda": {"model": "seed", "batch": 128, "seq": 10_000, "decode_steps": 32, "dtype": "float16", "blocks": 5, "verify": 4},
+    "cpu": {
+        "model": "seed-small",
+        "batch": 16,
+        "seq": 64,
+        "decode_steps": 3,
+        "dtype": "float32",
+        "blocks": 6,
+        "verify": 16,
+    },
+    "cuda": {
+        "model": "seed",
+        "batch": 128,
+        "seq": 10_000,
+        "decode_steps": 32,
+        "dtype": "float16",
+        "blocks": 5,
+        "verify": 4,
+    },
 }
 
 
@@ -76,6 +92,8 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
 
 def _ranks(wishes: Wishes, machine: Machine) -> int:
     ranks = wishes.ranks or machine.num_devices
+    if machine.device == "cuda" and not machine.num_devices:
+        raise NotAvailable("there is no CUDA GPU on this host", legal=("--device cpu",))
     if machine.device == "cuda" and ranks > machine.num_devices:
         raise NotAvailable(
             f"{ranks} ranks need {ranks} GPUs and there are {machine.num_devices}",

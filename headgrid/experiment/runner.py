@@ -76,13 +76,25 @@ def carry_out(folder: Path, on_progress: Callable[[Progress], None]) -> None:
             watch()
 
 
-def carry_out_joined(folder: Path) -> None:
-    """The same inside ranks that torchrun started: one launch, since the processes are given."""
+def carry_out_joined(backend: str, open_folder: Callable[[], Path]) -> Path | None:
+    """The same inside ranks that torchrun started: one launch, since the processes are given.
+
+    Only rank 0 uses the folder that `open_folder` returns, and gets it back; the others need no common file system.
+    """
+    rank, _ = launch.torchrun_rank()
+    with launch.joined(backend):
+        folder = open_folder() if rank == 0 else None
+        payload = json.loads(launch.share_text(json.dumps(_next_payload(folder) if folder else None)))
+        if payload is not None:
+            launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend))
+    return folder
+
+
+def _next_payload(folder: Path) -> dict[str, Any] | None:
+    """The first launch that the journal does not show as finished."""
     design, records = open_run(folder)
     unfinished = [i for i in range(design.protocol.launches) if i not in finished_launches(records)]
-    if unfinished:
-        payload = _payload(folder, design, records, unfinished[0])
-        launch.join(launch.Job(TARGET, payload, design.ranks, design.backend))
+    return _payload(folder, design, records, unfinished[0]) if unfinished else None
 
 
 def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index: int) -> dict[str, Any]:

@@ -164,20 +164,21 @@ def _examine(launch: Launch, engine: Engine, sensitive: bool) -> bool:
     """Everything about one layout that is not timing. True if it is verified."""
     layout, design = str(engine.layout), launch.design
     labels = [arm.label for arm in design.arms if arm.layout == layout]
-    memory = _measure_memory(launch, engine)
-    traffic = [_measure_traffic(launch, engine, phase) for phase in ("prefill", "decode")]
-    events = _measure_pipeline(launch, engine) if engine.layout.pp > 1 else None
+
+    def record(kind: str, values: dict[str, Any]) -> None:
+        for label in labels:
+            launch.record(kind, arm=label, **values)
+
+    record("memory", _measure_memory(launch, engine))
+    for phase in ("prefill", "decode"):
+        record("traffic", _measure_traffic(launch, engine, phase))
+    if engine.layout.pp > 1:
+        record("pipeline", {"events": _measure_pipeline(launch, engine)})
     if launch.device.type == "cuda":
         engine.capture()
     trace, truth = launch.judged(engine)
     verdict = judge(trace, truth, design.workload.dtype, design.ranks, sensitive)
-    for label in labels:
-        launch.record("memory", arm=label, **memory)
-        for row in traffic:
-            launch.record("traffic", arm=label, **row)
-        if events is not None:
-            launch.record("pipeline", arm=label, events=events)
-        launch.record("verify", arm=label, of_sequences=design.workload.batch, **verdict)
+    record("verify", {"of_sequences": design.workload.batch, **verdict})
     return verdict["verified"]
 
 

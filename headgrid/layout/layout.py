@@ -13,6 +13,14 @@ Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch")
 OUTPUTS: tuple[str, ...] = get_args(Output)
+_FIXED: dict[Axis, tuple[str, ...]] = {
+    "dp": ("pp", "head_group", "slice"),
+    "pp": ("dp", "head_group", "slice"),
+    "tp_head": ("dp", "pp", "slice"),
+    "tp_slice": ("dp", "pp", "head_group"),
+    "tp": ("dp", "pp"),
+}
+"""Coordinates that all ranks of a group along an axis have in common."""
 EXAMPLES = ("tp8pp2", "dp16", "n4m4:batch", "n4m4:gather+concat")
 
 
@@ -85,16 +93,11 @@ class Layout:
 
     def axis_ranks(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
         """The groups of ranks along a mesh axis: they cover all ranks, each exactly once."""
-        fixed = {
-            "dp": lambda c: (c.pp, c.head_group, c.slice),
-            "pp": lambda c: (c.dp, c.head_group, c.slice),
-            "tp_head": lambda c: (c.dp, c.pp, c.slice),
-            "tp_slice": lambda c: (c.dp, c.pp, c.head_group),
-            "tp": lambda c: (c.dp, c.pp),
-        }[axis]
+        fixed = _FIXED[axis]
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.ranks):
-            groups.setdefault(fixed(self.coordinates(rank)), []).append(rank)
+            at = self.coordinates(rank)
+            groups.setdefault(tuple(getattr(at, name) for name in fixed), []).append(rank)
         return tuple(tuple(group) for group in groups.values())
 
     def __str__(self) -> str:
@@ -122,7 +125,9 @@ def parse_layout(text: str) -> Layout:
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
-            raise InvalidLayout(f"{option!r} in {text!r} is not an option, or is one too many", legal=(*EXCHANGES, *OUTPUTS))
+            raise InvalidLayout(
+                f"{option!r} in {text!r} is not an option, or is one too many", legal=(*EXCHANGES, *OUTPUTS)
+            )
         chosen[known[option]] = option
     return Layout(
         num_head_groups=sizes.get("tp", sizes.get("n", 1)),

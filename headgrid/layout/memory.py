@@ -13,7 +13,7 @@ from headgrid.spec.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """Shapes of a rank's keys [layers, rows, KV heads, positions, d] and values [..., u]."""
+    """Shapes of a rank's keys [layers, rows, positions, KV heads, d] and values [..., u]."""
 
     keys: tuple[int, int, int, int, int]
     values: tuple[int, int, int, int, int]
@@ -47,7 +47,7 @@ def cache_shape(model: ModelSpec, layout: Layout, workload: Workload, rank: int)
     rows = len(owned_rows(layout, workload.batch, rank))
     k_width = model.head_dim if layout.exchange in ("gather", "batch") else own.qk_width
     v_width = model.head_dim if layout.exchange == "batch" else len(own.v_channels)
-    outer = (layers, rows, len(own.kv_heads), workload.cache_positions)
+    outer = (layers, rows, workload.cache_positions, len(own.kv_heads))
     return CacheShape((*outer, k_width), (*outer, v_width))
 
 

@@ -1,5 +1,6 @@
 """Half-open index ranges, the atoms of every shard."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def balanced(whole: Span | int, parts: int) -> Spans:
     whole = Span(0, whole) if isinstance(whole, int) else whole
     short, longer = divmod(len(whole), parts)
     edges = [whole.start + k * short + min(k, longer) for k in range(parts + 1)]
-    return tuple(Span(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(Span(a, b) for a, b in itertools.pairwise(edges))
 
 
 def merged(spans: Iterable[Span]) -> Spans:

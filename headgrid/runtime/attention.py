@@ -25,42 +25,42 @@ class Position:
 def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention. q [b, s, H, d], k [b, s, K, d], v [b, s, K, u], H a multiple of K; returns [b, s, H, u]."""
     if not q.is_cuda and k.shape[-1] != v.shape[-1]:
-        return _plain(q, k.transpose(1, 2), v.transpose(1, 2), scale, causal=True)
+        return _plain(q, k, v, scale, causal=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     backend = sdpa_kernel(_FAST_FIRST, set_priority=True) if q.is_cuda else nullcontext()
     with backend:
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
 def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position, scale: float) -> Tensor:
     """One query for each sequence over keys 0..position.
 
-    q [b, 1, H, d], k_cache [b, K, S, d], v_cache [b, K, S, u]; returns [b, 1, H, u].
+    q [b, 1, H, d], k_cache [b, S, K, d], v_cache [b, S, K, u]; returns [b, 1, H, u].
     """
     if q.is_cuda:
         return split_kv.decode(q, k_cache, v_cache, position.device, scale)
-    k, v = (cache[:, :, : position.host + 1] for cache in (k_cache, v_cache))
+    k, v = (cache[:, : position.host + 1] for cache in (k_cache, v_cache))
     if k.shape[-1] != v.shape[-1]:
         return _plain(q, k, v, scale, causal=False)
-    gqa = q.shape[2] != k.shape[1]
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=gqa).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
     """Attention by its definition, for a CPU where V's heads are narrower than K's: torch's fused kernel wants
     equal widths there, and its fallback holds several copies of all scores.
 
-    q [b, s, H, d], k [b, K, S, d], v [b, K, S, u] -> [b, s, H, u]; 16-bit inputs are computed in fp32. Scores are
+    q [b, s, H, d], k [b, S, K, d], v [b, S, K, u] -> [b, s, H, u]; 16-bit inputs are computed in fp32. Scores are
     held for one sequence and `plain_rows` queries at a time.
     """
-    (b, s, heads, _), length, group = q.shape, k.shape[2], q.shape[2] // k.shape[1]
+    (b, s, heads, _), length, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(b, s, heads, v.shape[3])
     for i in range(b):
-        keys, values = (x[i].to(wide) if group == 1 else x[i].repeat_interleave(group, 0).to(wide) for x in (k, v))
+        keys, values = (
+            (x[i] if group == 1 else x[i].repeat_interleave(group, 1)).transpose(0, 1).to(wide) for x in (k, v)
+        )
         for start in range(0, s, step := plain_rows(heads, s, length)):
             rows = q[i, start : start + step].transpose(0, 1).to(wide)
             scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
@@ -77,13 +77,12 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Te
 
 
 def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position | None) -> None:
-    """Write keys and values [b, s, K, d] into the cache [b, K, S, d]: from 0 on, or at `position` (s = 1)."""
+    """Write keys and values [b, s, K, d] into the cache [b, S, K, d]: from 0 on, or at `position` (s = 1)."""
     for new, cache in ((k, k_cache), (v, v_cache)):
-        rows = new.transpose(1, 2)
         if position is None:
-            cache[:, :, : rows.shape[2]] = rows
+            cache[:, : new.shape[1]] = new
         else:
-            cache.index_copy_(2, position.device, rows)
+            cache.index_copy_(1, position.device, new)
 
 
 def empty_result(q: Tensor, v: Tensor) -> Tensor:

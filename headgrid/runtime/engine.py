@@ -135,7 +135,7 @@ class Engine:
         with torch.inference_mode():
             for k in range(len(self.decode_plan)):
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks too
                     self._eager(k)
                 self._graphs.append(graph)
 
@@ -205,4 +205,3 @@ def _arrived(receipt: Receipt | None) -> Tensor:
 
 def _observed(observe: StageObserver | None, phase: str, k: int, step: int, compute: Callable[[], Tensor]) -> Tensor:
     return compute() if observe is None else observe(phase, k, step, compute)
-

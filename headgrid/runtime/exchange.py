@@ -3,7 +3,8 @@
 Letters: b sequences and s positions of the micro-batch; H, K query and KV heads of this head group; d the head dim;
 w_r and u_r the channels of a Q/K head and of a V head in slice r, each summing to d over the slices.
 An exchange gets the projections of this slice, [b, s, H w_j + K w_j + K u_j], and returns the attention output of
-this slice, [b, s, H u_j]; `rows` are the sequences of the micro-batch that each slice attends to, where that is cut. `attend` stores K and V in the cache and computes attention for the rows it is given.
+this slice, [b, s, H u_j]. `rows` are the numbers of sequences of the micro-batch that each slice attends to, where
+they are divided. `attend` stores K and V in the cache and computes attention for the rows it is given.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +41,20 @@ class Slices:
         """Views q [b, s, H, w_r], k [b, s, K, w_r], v [b, s, K, u_r] of slice r's projections [b, s, ...]."""
         w, u = self.qk_widths[r], self.v_widths[r]
         q, k, v = projections.split([self.heads * w, self.kv_heads * w, self.kv_heads * u], dim=-1)
-        return q.unflatten(-1, (self.heads, w)), k.unflatten(-1, (self.kv_heads, w)), v.unflatten(-1, (self.kv_heads, u))
+        return (
+            q.unflatten(-1, (self.heads, w)),
+            k.unflatten(-1, (self.kv_heads, w)),
+            v.unflatten(-1, (self.kv_heads, u)),
+        )
+
+    def join(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """q [b, s, H, d], k [b, s, K, d], v [b, s, K, d] from the projections [b, s, ...] of all slices."""
+        if self.qk_widths == self.v_widths:  # one copy of contiguous pieces: 3.5 TB/s on an H200, three reach 0.9
+            heads = self.heads + 2 * self.kv_heads
+            whole = torch.cat([block.unflatten(-1, (heads, -1)) for block in blocks], dim=-1)
+            return list(whole.split([self.heads, self.kv_heads, self.kv_heads], dim=2))
+        triples = [self.split(block, r) for r, block in enumerate(blocks)]
+        return [torch.cat(pieces, dim=-1) for pieces in zip(*triples, strict=True)]
 
 
 def own_slice(slices: Slices, axis: Axis, rows: Sequence[int], projections: Tensor, attend: Attend) -> Tensor:
@@ -76,12 +90,9 @@ def batch(slices: Slices, axis: Axis, rows: Sequence[int], projections: Tensor, 
     out_widths = [slices.heads * u for u in slices.v_widths]
     receive = [mine * s * width for width in widths]
     received = axis.all_to_all(projections.view(-1), [n * s * widths[slices.index] for n in rows], receive)
-    triples = [
-        slices.split(part.view(mine, s, width), r)
-        for r, (part, width) in enumerate(zip(received.split(receive), widths, strict=True))
-    ]
-    q, k, v = (torch.cat(pieces, dim=-1) for pieces in zip(*triples, strict=True))
-    del received, triples
+    blocks = [part.view(mine, s, width) for part, width in zip(received.split(receive), widths, strict=True)]
+    q, k, v = slices.join(blocks)
+    del received, blocks
     out = attend(q, k, v)
     del q, k, v
     back = torch.cat([piece.reshape(-1) for piece in out.split(list(slices.v_widths), dim=-1)])

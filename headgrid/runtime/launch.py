@@ -15,7 +15,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -53,30 +54,37 @@ def machine_environment() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
 
 
-def agree(create: Callable[[], Path]) -> Path:
-    """The folder that `create` makes: under torchrun rank 0 makes it and the others wait for its name in the store."""
-    if not joined_by_torchrun():
-        return create()
+@contextmanager
+def joined(backend: str) -> Iterator[None]:
+    """The default process group of ranks that torchrun started, for the length of the block."""
     import torch.distributed as dist
 
-    rank, ranks = torchrun_rank()
-    store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks, timeout=_TIMEOUT)))
-    if rank == 0:
-        store.set("headgrid/folder", str(create().resolve()))
-    return Path(store.get("headgrid/folder").decode())
-
-
-def join(job: Job) -> None:
-    """Run the job in this process, which torchrun started, as one of its ranks."""
-    import torch.distributed as dist
-
-    rank, ranks = torchrun_rank()
-    _use_device(int(os.environ.get("LOCAL_RANK", rank)), job.backend)
-    dist.init_process_group(job.backend, timeout=_TIMEOUT)
+    rank, _ = torchrun_rank()
+    _use_device(int(os.environ.get("LOCAL_RANK", rank)), backend)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
-        _call(job, rank, ranks)
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def share_text(text: str) -> str:
+    """Rank 0's text on every rank of the default group."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, 0)
+    data = data if dist.get_rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(data, 0)
+    return bytes(data.tolist()).decode()
+
+
+def call(job: Job) -> None:
+    """Run the job in this process, one of torchrun's, inside `joined`."""
+    _call(job, *torchrun_rank())
 
 
 def _call(job: Job, rank: int, ranks: int) -> None:
@@ -108,7 +116,7 @@ def _end_with_parent() -> None:
 def _rank_main(rank: int, job: Job, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     _end_with_parent()
-    log = open(Path(folder) / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115 - open as long as the process
+    log = open(Path(folder) / f"rank{rank}.log", "w", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
@@ -117,7 +125,9 @@ def _rank_main(rank: int, job: Job, folder: str) -> None:
     import torch.distributed as dist
 
     _use_device(rank, job.backend)
-    store = dist.FileStore(str(Path(folder) / "store"), job.ranks)
+    store = dist.FileStore(  # pyright: ignore[reportPrivateImportUsage]
+        str(Path(folder) / "store"), job.ranks
+    )
     dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.ranks, timeout=_TIMEOUT)
     try:
         _call(job, rank, job.ranks)

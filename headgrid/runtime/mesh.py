@@ -30,7 +30,8 @@ class GroupPool:
         for ranks in groups:
             key = (channel, ranks)
             if len(ranks) > 1 and key not in self._groups:
-                self._groups[key] = dist.new_group(list(ranks))
+                group = dist.new_group(list(ranks))
+                self._groups[key] = group if isinstance(group, dist.ProcessGroup) else None
         mine = next(ranks for ranks in groups if self.rank in ranks)
         return Axis(name, mine, self.rank, self._groups.get((channel, mine)))
 

@@ -236,7 +236,8 @@ def make_records(design: dict[str, Any], *, noise: float = 0.004, unverified: tu
             shared = 1 + 0.01 * number / 6 + rng.gauss(0, noise)
             for arm in design["arms"]:
                 factor = shared * (1 + drift[arm["label"]] + rng.gauss(0, noise)) * (1.4 if number < 0 else 1)
-                prefill, decode = (table.get(arm["layout"], 0.6) * factor for table in (PREFILL_S, DECODE_S))
+                prefill = PREFILL_S.get(arm["layout"], 0.6) * factor
+                decode = DECODE_S.get(arm["layout"], 0.09) * factor * (1 + rng.gauss(0, noise))
                 position = design["order"][index][max(0, number)].index(design["arms"].index(arm))
                 record = block(index, number, arm["label"], prefill, decode, warmup=number < 0, ranks=design["ranks"])
                 records.append({**record, "position": position})

@@ -57,7 +57,5 @@ def merge(partial_ptr, lse_ptr, out_ptr, splits, U: tl.constexpr, SPLITS: tl.con
     lse = tl.load(lse_ptr + at * splits + rows, mask=inside, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, 0))
     weights = weights / tl.sum(weights, 0)
-    parts = tl.load(
-        partial_ptr + (at * splits + rows[:, None]) * U + cols[None, :], mask=inside[:, None], other=0.0
-    )
+    parts = tl.load(partial_ptr + (at * splits + rows[:, None]) * U + cols[None, :], mask=inside[:, None], other=0.0)
     tl.store(out_ptr + at * U + cols, tl.sum(parts * weights[:, None], 0).to(out_ptr.dtype.element_ty))

@@ -88,7 +88,7 @@ def compare(
     from headgrid.experiment import plan, runner
     from headgrid.runtime import launch
 
-    console = Console(stderr=as_json, highlight=False)
+    console = _console(as_json)
     if resume is None:
         wishes = plan.Wishes(
             model=model,
@@ -125,6 +125,12 @@ def compare(
     if as_json:
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     _raise_if_failed(summary)
+
+
+def _console(as_json: bool) -> Console:
+    """Standard output belongs to JSON when there is JSON; a pipe gets lines wide enough for the tables."""
+    console = Console(stderr=as_json, highlight=False)
+    return console if console.is_terminal else Console(stderr=as_json, highlight=False, width=120)
 
 
 def _names(arms: str | None) -> tuple[str, ...] | None:
@@ -246,7 +252,7 @@ def layouts(
     ):
         chosen.append(parse_layout(f"tp{ranks}"))
     rows = [(str(x), worst(spec, x, workload)) for x in chosen]
-    console = Console(stderr=as_json, highlight=False)
+    console = _console(as_json)
     if not rows:
         raise InvalidInput(f"no layout of {model} uses {ranks} ranks with {batch} sequences")
     title = f"{model}: {spec.num_heads} heads, {spec.num_kv_heads} KV heads x {spec.head_dim}; {ranks} ranks; "
@@ -290,7 +296,7 @@ def report(
     if folder is None:
         raise InvalidInput(f"no run folder under {out}", command="headgrid compare")
     summary = runner.conclude(folder)
-    console = Console(stderr=as_json, highlight=False)
+    console = _console(as_json)
     _print_summary(console, summary)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     if as_json:

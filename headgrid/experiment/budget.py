@@ -16,7 +16,10 @@ OVERHEAD_BYTES = {"cpu": 128 << 20, "cuda": 6 << 30}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of the fullest rank: all arms' parameters, an arena for the largest cache, one arm's activations."""
+    """Bytes of the fullest rank: all arms' parameters, an arena for the largest cache, one arm's activations.
+
+    The negative control needs no more: it is gone before the arms' weights are drawn.
+    """
 
     parameters_bytes: int
     kv_cache_bytes: int

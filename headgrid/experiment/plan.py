@@ -41,7 +41,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seq": 64,
         "decode_steps": 3,
         "dtype": "float32",
-        "blocks": 6,
+        "blocks": 5,
         "verify": 16,
     },
     "cuda": {
@@ -68,8 +68,8 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     if not arms:
         raise InvalidInput("no arms to compare", legal=("--arms tp8pp2,n4m4:batch",))
     workload = _workload(wishes, default, model)
-    layouts = list(dict.fromkeys(parse_layout(text) for text in (*arms, control_layout(model, ranks))))
-    for layout in layouts:
+    layouts = list(dict.fromkeys(map(parse_layout, arms)))
+    for layout in (*layouts, parse_layout(control_layout(model, ranks))):
         check(model, layout, workload, ranks)
     notes: list[str] = []
     if wishes.batch is None:

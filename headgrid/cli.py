@@ -1,6 +1,7 @@
 """The command line: parses to specifications and layouts, calls, prints. No logic of its own."""
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -19,27 +20,35 @@ from headgrid.errors import HeadgridError, InvalidInput, VerificationFailed
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
+_INTERRUPTED = 130
+_LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
 Out = Annotated[Path, typer.Option(help="Folder for run folders.")]
 
 
 def main() -> None:
     """Entry point: expected failures become one block on standard error and an exit code of their own."""
+    signal.signal(signal.SIGTERM, _interrupt)  # a polite end is like Ctrl-C: ranks are ended, nothing is left behind
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except HeadgridError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(escape(error.block()), style="red")
         sys.exit(error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         Console(stderr=True).print("interrupted: finished records are kept, go on with --resume", style="yellow")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if not _is_usage(error):
             raise
         Console(stderr=True, highlight=False).print(f"error: {escape(error.format_message())}", style="red")  # type: ignore[attr-defined]
         sys.exit(64)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _is_usage(error: Exception) -> bool:
@@ -59,7 +68,7 @@ def compare(
     model: Annotated[str | None, typer.Option(help="A named model (see `headgrid layouts`).")] = None,
     arms: Annotated[str | None, typer.Option(help="Layouts, comma-separated; the first is the baseline.")] = None,
     ranks: Annotated[int | None, typer.Option(min=2, help="Ranks: 16 on a CPU, all GPUs otherwise.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=_LARGEST_BATCH, help="Sequences.")] = None,
     seq: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each sequence.")] = None,
     decode_steps: Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
@@ -218,11 +227,12 @@ def _ratio(row: dict[str, Any]) -> str:
 def layouts(
     model: Annotated[str, typer.Option(help="A named model.")] = "seed",
     ranks: Annotated[int, typer.Option(min=1, help="Devices.")] = 16,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, max=_LARGEST_BATCH, help="Sequences.")] = 128,
     seq: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 10_000,
     decode_steps: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
     layout: Annotated[str | None, typer.Option(help="Only this layout: is it legal, and what does it need?")] = None,
+    draw: Annotated[Path | None, typer.Option(help="With --layout: draw the partition into this SVG file.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the legal layouts of a model on a number of devices, with the memory each needs on its fullest rank.
@@ -232,6 +242,8 @@ def layouts(
         headgrid layouts --model seed-kv8 --ranks 16
 
         headgrid layouts --model seed --ranks 12 --layout tp12
+
+        headgrid layouts --model seed --layout n4m4:batch --draw partition.svg
     """
     from headgrid.experiment.budget import worst
     from headgrid.layout.layout import parse_layout
@@ -244,6 +256,8 @@ def layouts(
     workload = Workload(**sizes, decode_steps=decode_steps, dtype=dtype)  # pyright: ignore[reportArgumentType]
     if layout is not None:
         check(spec, parse_layout(layout), workload, ranks)
+    if draw is not None:
+        _draw(spec, layout, draw)
     chosen = [parse_layout(layout)] if layout else [x for x in legal_layouts(spec, ranks) if x.dp <= batch]
     if (
         layout is None
@@ -278,6 +292,19 @@ def layouts(
         )
         listed = [{"layout": name} | {key: getattr(m, key) for key in keys} for name, m in rows]
         sys.stdout.write(json.dumps({"model": model, "ranks": ranks, "layouts": listed}) + "\n")
+
+
+def _draw(spec: Any, layout: str | None, path: Path) -> None:
+    from headgrid.layout.layout import parse_layout
+    from headgrid.report import partition, svg
+
+    if layout is None:
+        raise InvalidInput("--draw needs the layout to draw", legal=("--layout n4m4:batch",))
+    picture = svg.standalone(partition.draw("partition", spec, parse_layout(layout)))
+    try:
+        path.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}", why=str(error)) from error
 
 
 @app.command()

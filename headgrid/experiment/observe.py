@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,13 +38,14 @@ class CollectiveTimer:
         """Stop it."""
         self._spans.append((issued, self._open.pop(id(issued)), self._now()))
 
-    def totals(self) -> dict[str, dict[str, Any]]:
-        """Calls, bytes and seconds by "kind/axis"."""
+    def totals(self, of_layers: Collection[Collective]) -> dict[str, dict[str, Any]]:
+        """Calls, bytes and seconds by "kind/axis/where", where = `layer` for those in `of_layers`, else `ends`."""
         if self._cuda:
             torch.cuda.synchronize()
         rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"calls": 0, "bytes_per_rank": 0, "time_s": 0.0})
         for issued, start, end in self._spans:
-            row = rows[f"{issued.kind}/{issued.axis}"]
+            where = "layer" if _as_collective(issued) in of_layers else "ends"
+            row = rows[f"{issued.kind}/{issued.axis}/{where}"]
             row["calls"] += 1
             row["bytes_per_rank"] += issued.bytes
             row["time_s"] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
@@ -53,16 +54,20 @@ class CollectiveTimer:
 
 def as_predicted(issued: list[Issued], predicted: Counter[Collective]) -> bool:
     """Whether exactly the predicted collectives were issued."""
-    return Counter(Collective(call.kind, call.axis, call.bytes) for call in issued) == predicted  # type: ignore[arg-type]
+    return Counter(map(_as_collective, issued)) == predicted
+
+
+def _as_collective(call: Issued) -> Collective:
+    return Collective(call.kind, call.axis, call.bytes)  # type: ignore[arg-type]
 
 
 def merge_totals(per_rank: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row for each kind and axis: the figures of the rank that spent most time in it."""
+    """One row for each kind, axis and place: the figures of the rank that spent most time in it."""
     rows: list[dict[str, Any]] = []
     for key in sorted({key for totals in per_rank for key in totals}):
         slowest = max((totals[key] for totals in per_rank if key in totals), key=lambda row: row["time_s"])
-        kind, axis = key.split("/")
-        rows.append({"collective": kind, "axis": axis, "per_layer": kind not in ("send", "recv")} | slowest)
+        kind, axis, where = key.split("/")
+        rows.append({"collective": kind, "axis": axis, "per_layer": where == "layer"} | slowest)
     return rows
 
 

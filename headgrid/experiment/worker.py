@@ -22,7 +22,7 @@ from headgrid.experiment.text import read, token_rows
 from headgrid.experiment.verify import SENSITIVE, Oracle, Trace, judge, judge_control
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.memory import cache_shape, predict
-from headgrid.layout.traffic import decode_collectives, prefill_collectives
+from headgrid.layout.traffic import decode_collectives, layer_collectives, prefill_collectives
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder, barrier
 from headgrid.runtime.engine import Engine
@@ -206,15 +206,17 @@ def _measure_memory(launch: Launch, engine: Engine) -> dict[str, Any]:
 def _measure_traffic(launch: Launch, engine: Engine, phase: str) -> dict[str, Any]:
     """One prefill, or one decode step after it, with every collective timed and counted."""
     recorder, timer, design = Recorder(), CollectiveTimer(launch.device), launch.design
-    predict_phase = prefill_collectives if phase == "prefill" else decode_collectives
+    args = (design.model, engine.layout, design.workload, launch.rank)
+    predicted = prefill_collectives(*args) if phase == "prefill" else decode_collectives(*args)
+    if phase == "decode" and design.workload.decode_steps > 1:
+        engine.decode(1)  # kernels are compiled at their first use
     barrier(launch.device)
     with engine.mesh.observed(recorder), engine.mesh.observed(timer):
         if phase == "prefill":
             engine.prefill(launch.prompts)
         else:
             engine.decode(1)
-    predicted = predict_phase(design.model, engine.layout, design.workload, launch.rank)
-    mine = {"totals": timer.totals(), "as_predicted": as_predicted(recorder.issued, predicted)}
+    mine = {"totals": timer.totals(layer_collectives(*args)), "as_predicted": as_predicted(recorder.issued, predicted)}
     everyone = gather_json(mine, launch.device)
     ops = merge_totals([each["totals"] for each in everyone])
     return {"phase": phase, "ops": ops, "as_predicted": all(each["as_predicted"] for each in everyone)}

@@ -7,6 +7,7 @@ Q/K head and of a V head in this slice, d those of whole heads.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from headgrid.layout.batching import MicroBatch, prefill_micro_batches, replica_rows
 from headgrid.layout.layout import Layout
@@ -137,9 +138,12 @@ def _attended(layout: Layout, micro_batch: MicroBatch, index: int) -> int:
 
 
 def activations_peak_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
-    """Peak bytes that `rank` allocates in a prefill, beyond weights, cache, logits and tokens."""
+    """Peak bytes that `rank` allocates in a prefill, beyond weights, cache, logits and tokens.
+
+    Micro-batches never grow (`balanced` puts longer parts first), so the first few hold the peak.
+    """
     stage = layout.coordinates(rank).pp
-    calls, peak = list(_calls(model, layout, workload, rank)), 0
+    calls, peak = list(islice(_calls(model, layout, workload, rank), _SENDS_IN_FLIGHT + 2)), 0
     for k, call in enumerate(calls):
         e = call.element_bytes
         held = call.hidden * e
@@ -156,7 +160,7 @@ def activations_peak_bytes(model: ModelSpec, layout: Layout, workload: Workload,
 def communication_buffer_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
     """Bytes of the largest tensor that a collective of a prefill writes out of place."""
     sizes = [0]
-    for call in _calls(model, layout, workload, rank):
+    for call in islice(_calls(model, layout, workload, rank), 1):
         e, heads, kv, d = call.element_bytes, len(call.own.heads), len(call.own.kv_heads), model.head_dim
         if layout.exchange == "gather":
             sizes.append(call.tokens * (heads + kv) * d * e)

@@ -1,5 +1,6 @@
 """Which sequences a rank computes and caches, and in which micro-batches they pass through the pipeline."""
 
+import functools
 from dataclasses import dataclass
 
 from headgrid.layout.layout import Layout
@@ -53,6 +54,7 @@ def _micro_batches(layout: Layout, rows: Span, count: int) -> tuple[MicroBatch, 
     return tuple(MicroBatch(tuple(parts)) for parts in zip(*split, strict=True))
 
 
+@functools.lru_cache(maxsize=8)  # predictions ask for the same plan for every rank of a replica
 def prefill_micro_batches(layout: Layout, workload: Workload, replica: int) -> tuple[MicroBatch, ...]:
     """Micro-batches of whole sequences, in order, within `workload.chunk_tokens` where one sequence allows it."""
     rows = replica_rows(layout, workload.batch)[replica]

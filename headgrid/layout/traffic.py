@@ -129,6 +129,18 @@ def _tokens_back(layout: Layout, rank: int, rows: int) -> Iterator[Collective]:
         yield Collective("send" if stage else "recv", "pp_back", rows * TOKEN_BYTES)
 
 
+def layer_collectives(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> frozenset[Collective]:
+    """The kinds of calls that layers issue, in either phase; embedding and logits may issue equal ones."""
+    replica = layout.coordinates(rank).dp
+    plans = ((prefill_micro_batches, workload.seq), (decode_micro_batches, 1))
+    return frozenset(
+        collective
+        for plan, queries in plans
+        for micro_batch in plan(layout, workload, replica)
+        for collective in _layer(_Call(model, layout, rank, micro_batch, queries, workload.element_bytes))
+    )
+
+
 def prefill_collectives(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Counter[Collective]:
     """All calls of one prefill of the batch by `rank`, with their numbers."""
     replica = layout.coordinates(rank).dp

@@ -74,6 +74,7 @@ def bars(name: str, arms: Sequence[Mapping[str, Any]], key: str, scale: float, u
         axes.set_yticks(range(len(shown)), [short(label) for label, _ in shown], color=INK)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * max(scale * (values["mean"] + 2 * (values["sd"] or 0.0)) for _, values in shown))
+        axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(f"{unit}; error bars ±2 SD")
         parts = (f"{label} {significant(mean, 4)}" for (label, _), mean in zip(shown, means, strict=True))
         return _finish(figure, name, f"Bar chart, {unit}: {'; '.join(parts)}.")

@@ -35,6 +35,16 @@ def inline(drawing: str, name: str, alternative: str) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
+_ON_PAPER = {"ink": "#24292f", "muted": "#6b7280", "paper": "#ffffff"}
+
+
+def standalone(element: str) -> str:
+    """An inline drawing as a file of its own, on white paper whatever the reader's theme."""
+    coloured = re.sub(r"var\(--([\w-]+)\)", lambda match: _ON_PAPER.get(match[1], _ON_PAPER["muted"]), element)
+    opened = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" style="background:#ffffff"'
+    return coloured.replace("<svg", opened, 1) + "\n"
+
+
 def _local(tag: str) -> str:
     return tag.rpartition("}")[2]
 

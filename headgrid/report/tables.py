@@ -264,8 +264,11 @@ def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table:
 
 def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> Iterator[list[Cell]]:
     ops = [op for op in arm["traffic"] if op["phase"] == phase]
-    if not ops:
-        yield [_name(arm["label"]), *_cells([NOT_MEASURED] * 9)]
+    if not ops:  # an arm is verified after its traffic was watched
+        yield [
+            _name(arm["label"]),
+            *_cells(["none issued" if arm["verified"] else NOT_MEASURED] + [NOT_APPLICABLE] * 8),
+        ]
     total = [_total(ops, key) for key in ("calls", "bytes_per_rank", "time_s")]
     for number, op in enumerate(ops):
         share = layers if op["per_layer"] and layers else None

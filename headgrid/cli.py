@@ -94,7 +94,8 @@ def compare(
 
         headgrid compare --resume runs/20261122-130000-compare-seed-small
     """
-    from headgrid.experiment import plan, runner
+    from headgrid.experiment import folder, machine, plan, runner
+    from headgrid.report.conclude import conclude
     from headgrid.runtime import launch
 
     console = _console(as_json)
@@ -117,20 +118,20 @@ def compare(
         design, notes = plan.make(wishes)
         for note in notes:
             console.print(escape(note), style="yellow")
-        backend, open_folder = design.backend, lambda: runner.create(design, out)
+        backend, open_run = design.backend, lambda: folder.create(design, machine.environment(), out)
     else:
-        backend, open_folder = runner.open_run(resume)[0].backend, lambda: resume
+        backend, open_run = folder.open_run(resume)[0].backend, lambda: resume
     if launch.joined_by_torchrun():
-        folder = runner.carry_out_joined(backend, open_folder)
-        if folder is None:
+        run = runner.carry_out_joined(backend, open_run)
+        if run is None:
             return
     else:
-        folder = open_folder()
+        run = open_run()
         with _progress(console) as show:
-            runner.carry_out(folder, show)
-    summary = runner.conclude(folder)
+            runner.carry_out(run, show)
+    summary = conclude(run)
     _print_summary(console, summary)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {run / 'report.html'}", soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     _raise_if_failed(summary)
@@ -317,12 +318,13 @@ def report(
 
     Example: headgrid report runs/20261122-130000-compare-seed-small
     """
-    from headgrid.experiment import runner
+    from headgrid.experiment.folder import runs
+    from headgrid.report.conclude import conclude
 
-    folder = run or next(reversed(list(runner.runs(out))), None)
+    folder = run or next(reversed(list(runs(out))), None)
     if folder is None:
         raise InvalidInput(f"no run folder under {out}", command="headgrid compare")
-    summary = runner.conclude(folder)
+    summary = conclude(folder)
     console = _console(as_json)
     _print_summary(console, summary)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)

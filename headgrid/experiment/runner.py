@@ -1,20 +1,15 @@
-"""Carries out a design: a folder, then its launches one after the other, then summary and report."""
+"""Carries out a design: its launches one after the other, each on fresh ranks."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from headgrid.errors import InvalidInput
-from headgrid.experiment.design import Design, from_dict
-from headgrid.experiment.journal import Journal, read
-from headgrid.experiment.machine import environment
-from headgrid.experiment.stats import summarise
-from headgrid.report.html import render
+from headgrid.experiment.design import Design
+from headgrid.experiment.folder import open_run
+from headgrid.experiment.journal import read
 from headgrid.runtime import launch
 
 TARGET = "headgrid.experiment.worker:run_launch"
@@ -27,32 +22,6 @@ class Progress:
     done: int
     total: int
     latest: str
-
-
-def create(design: Design, out: Path) -> Path:
-    """Make the run folder with design and environment. Nothing is left half-written: the folder appears whole."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = out / f"{stamp}-{design.name}"
-    building = out / f".{folder.name}.{os.getpid()}"
-    try:
-        building.mkdir(parents=True)
-        write_json(building / "design.json", design.to_dict())
-        write_json(building / "env.json", environment())
-        Journal(building / "journal.jsonl").close()
-        building.rename(folder)
-    except OSError as error:
-        raise InvalidInput(f"cannot write the run folder {folder}", why=str(error), legal=("--out FOLDER",)) from error
-    return folder
-
-
-def open_run(folder: Path) -> tuple[Design, list[dict[str, Any]]]:
-    """The design and the records of an existing run. Raises InvalidInput if it is not one."""
-    try:
-        data = json.loads((folder / "design.json").read_text())
-        design = from_dict(data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{folder} is not a run folder", why=f"design.json: {error}") from error
-    return design, read(folder / "journal.jsonl")
 
 
 def done_blocks(records: list[dict[str, Any]], index: int) -> list[tuple[int, str]]:
@@ -136,30 +105,3 @@ def describe(record: dict[str, Any]) -> str:
     if kind == "control":
         return f"control {record['layout']}: {'rejected' if record['rejected'] else 'NOT REJECTED'}"
     return f"{kind} {arm}".strip()
-
-
-def conclude(folder: Path) -> dict[str, Any]:
-    """Write summary.json and report.html from the journal alone; returns the summary."""
-    design, records = open_run(folder)
-    summary = summarise(design.to_dict(), records) | {"run": str(folder)}
-    write_json(folder / "summary.json", summary)
-    env = json.loads((folder / "env.json").read_text())
-    write_text(folder / "report.html", render(design.to_dict(), env, records, summary))
-    return summary
-
-
-def runs(out: Path) -> Iterator[Path]:
-    """Run folders under `out`, newest last."""
-    yield from sorted(path.parent for path in out.glob("*/design.json"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict, readable JSON at once or not at all."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)

@@ -4,13 +4,16 @@ What is issued is reported to observers, described from the tensors and groups t
 of layouts, so that predicted and issued traffic come from independent code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# torch 2.13 warns about the only name that torch 2.11 has
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Axis:
         issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
         out = x.new_empty(sum(sizes))
         if len(set(sizes)) == 1:
-            dist.all_gather_into_tensor(out, x, group=self.group)
+            _all_gather(out, x, group=self.group)
         else:  # gloo refuses uneven all-gathers; its uneven all-to-all works
             dist.all_to_all_single(out, x.repeat(self.size), list(sizes), [x.numel()] * self.size, group=self.group)
         return self._done(issued, out)

@@ -137,7 +137,7 @@ def test_the_other_gelu_is_noticed(gpt2: GPT2LMHeadModel) -> None:
 LLAMA = ModelSpec(
     name="llama-attention",
     num_layers=1,
-    hidden_size=40,
+    hidden_size=48,
     num_heads=6,
     num_kv_heads=2,
     head_dim=10,
@@ -150,7 +150,7 @@ LLAMA = ModelSpec(
 
 def llama_config() -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=40,
+        hidden_size=48,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=10,
@@ -192,17 +192,18 @@ def test_one_head_is_rotated_as_llama_rotates_it() -> None:
     assert relative_error(rotate(interleaved), theirs[0]) > 0.1, "another pairing of channels is noticed"
 
 
-@dtypes
-def test_grouped_attention_with_rotary_positions_is_that_of_llama(dtype: torch.dtype, bound: float) -> None:
+def test_grouped_attention_with_rotary_positions_is_that_of_llama() -> None:
+    """To fp32 rounding: transformers' eager softmax is in fp32 whatever the inputs are."""
+    dtype, bound = torch.float64, 5e-7
     theirs = LlamaAttention(llama_config(), layer_idx=0).to(dtype)
-    shapes = {"q": (60, 40), "k": (20, 40), "v": (20, 40), "o": (40, 60)}
+    shapes = {"q": (60, 48), "k": (20, 48), "v": (20, 48), "o": (48, 60)}
     weights = {f"layers.0.attention.{p}.weight": 0.4 * random(*shape, seed=ord(p)) for p, shape in shapes.items()}
-    weights |= {"layers.0.attention.norm.weight": torch.ones(40), "layers.0.attention.norm.bias": torch.zeros(40)}
+    weights |= {"layers.0.attention.norm.weight": torch.ones(48), "layers.0.attention.norm.bias": torch.zeros(48)}
     with torch.no_grad():
         for part in shapes:
             getattr(theirs, f"{part}_proj").weight.copy_(weights[f"layers.0.attention.{part}.weight"])
-        x = random(2, 30, 40).to(dtype)
-        normed = torch.nn.functional.layer_norm(x, (40,), eps=LLAMA.norm_eps)
+        x = random(2, 30, 48).to(dtype)
+        normed = torch.nn.functional.layer_norm(x, (48,), eps=LLAMA.norm_eps)
         mask = torch.full((30, 30), float("-inf"), dtype=dtype).triu(1)[None, None]
         turns = tuple(table.to(dtype) for table in angles(30))
         expected, _ = theirs(normed, position_embeddings=turns, attention_mask=mask)

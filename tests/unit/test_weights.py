@@ -18,7 +18,15 @@ from headgrid.runtime.weights import distribution, draw, whole
 from headgrid.spec.model import ModelSpec
 
 FP32 = torch.float32
-LARGE = model(8, 4, 32, hidden_size=256, mlp_hidden_size=512, vocab_size=512, linear_bias=True, attention_gain=2.5)
+LARGE = model(
+    *(8, 4, 32),
+    num_layers=3,
+    hidden_size=256,
+    mlp_hidden_size=512,
+    vocab_size=512,
+    linear_bias=True,
+    attention_gain=2.5,
+)
 
 
 def part_of(tensor: Tensor, shard: Shard) -> Tensor:
@@ -30,7 +38,7 @@ def part_of(tensor: Tensor, shard: Shard) -> Tensor:
 def test_a_shard_drawn_is_the_same_part_of_the_whole(name: str, spec: ModelSpec) -> None:
     shapes = parameters(spec, Layout(), 0)
     everything = {tensor: draw(spec, 3, tensor, shard, dtype=FP32) for tensor, shard in shapes.items()}
-    for layout in legal_layouts(spec, 6):
+    for layout in legal_layouts(spec, 6)[::4]:
         for rank in range(layout.ranks):
             for tensor, shard in parameters(spec, layout, rank).items():
                 drawn = draw(spec, 3, tensor, shard, dtype=FP32)
@@ -47,7 +55,9 @@ def test_a_large_matrix_drawn_in_pieces_is_the_one_drawn_at_once(monkeypatch: py
 @pytest.mark.parametrize("tied", [False, True])
 def test_mean_and_deviation_are_as_declared(tied: bool) -> None:
     spec = LARGE if not tied else ModelSpec(**LARGE.to_dict() | {"tied_embeddings": True})  # type: ignore[arg-type]
-    for name, shard in parameters(spec, Layout(), 0).items():
+    shards = {name: shard for name, shard in parameters(spec, Layout(), 0).items() if ".1." not in name}
+    assert len(shards) > 2 * 16
+    for name, shard in shards.items():
         drawn, (mean, std) = draw(spec, 1, name, shard, dtype=torch.float64), distribution(spec, name)
         count = drawn.numel()
         assert abs(drawn.mean().item() - mean) < 5 * std / count**0.5, name

@@ -17,12 +17,12 @@ _KEYS_PER_SPLIT = 2048
 def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, scale: float) -> Tensor:
     """q [b, 1, H, d], k_cache [b, S, K, d], v_cache [b, S, K, u], position int64 [1]; returns [b, 1, H, u].
 
-    Keys 0..position are attended to. d and u are powers of two up to 256; strides may be any with a dense last dim.
+    Keys 0..position are attended to. Any d and u up to 256, any number of query heads for each KV head; strides may
+    be any with a dense last dim.
     """
     from headgrid.runtime.kernels import split_kv_triton  # Triton exists only where there is a GPU
 
     kernels: Any = split_kv_triton
-
     b, _, heads, d = q.shape
     capacity, kv_heads, u = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     group = heads // kv_heads
@@ -35,8 +35,13 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, scale:
         q.stride(0), q.stride(2), k_cache.stride(0), k_cache.stride(2), k_cache.stride(1),
         v_cache.stride(0), v_cache.stride(2), v_cache.stride(1),
         kv_heads, splits,
-        GROUP=group, GROUP_PADDED=max(16, 1 << (group - 1).bit_length()), D=d, U=u,
-        KEYS=_KEYS_PER_SPLIT, BLOCK=64, num_warps=4, num_stages=3,
+        GROUP=group, D=d, U=u, GROUP_PADDED=_padded(group), D_PADDED=_padded(d), U_PADDED=_padded(u),
+        KEYS=_KEYS_PER_SPLIT, BLOCK=64, num_warps=4, num_stages=2 if q.element_size() == 4 else 3,
     )  # fmt: skip
-    kernels.merge[(b * heads,)](parts, lse, out, splits, U=u, SPLITS=max(2, 1 << (splits - 1).bit_length()))
+    kernels.merge[(b * heads,)](parts, lse, out, splits, U=u, U_PADDED=_padded(u), SPLITS=_padded(splits))
     return out
+
+
+def _padded(size: int) -> int:
+    """The least extent of a tensor core's tile that holds `size`: a power of two, 16 or more."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -9,7 +9,8 @@ def partial(
     q_ptr, k_ptr, v_ptr, partial_ptr, lse_ptr, position_ptr, scale,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
     kv_heads, splits,
-    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, U: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, U: tl.constexpr,
+    GROUP_PADDED: tl.constexpr, D_PADDED: tl.constexpr, U_PADDED: tl.constexpr,
     KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (pair, split): softmax over the split's keys, its weighted sum of values [GROUP, U] and log2-sum."""
@@ -18,44 +19,47 @@ def partial(
     length = tl.load(position_ptr).to(tl.int32) + 1
     first = split * KEYS
     last = tl.minimum(first + KEYS, length)
-    rows, dims, cols = tl.arange(0, GROUP_PADDED), tl.arange(0, D), tl.arange(0, U)
+    rows, dims, cols = tl.arange(0, GROUP_PADDED), tl.arange(0, D_PADDED), tl.arange(0, U_PADDED)
     heads = kv_head * GROUP + rows
     q_at = q_ptr + sequence * q_b + heads[:, None] * q_h + dims[None, :]
-    q = tl.load(q_at, mask=rows[:, None] < GROUP, other=0.0)
+    q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (dims[None, :] < D), other=0.0)
     top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     norm = tl.zeros([GROUP_PADDED], tl.float32)
-    out = tl.zeros([GROUP_PADDED, U], tl.float32)
+    out = tl.zeros([GROUP_PADDED, U_PADDED], tl.float32)
     k_base = k_ptr + sequence * k_b + kv_head * k_h
     v_base = v_ptr + sequence * v_b + kv_head * v_h
     for start in range(first, last, BLOCK):
         keys = start + tl.arange(0, BLOCK)
         inside = keys < last
-        k = tl.load(k_base + keys[:, None] * k_s + dims[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * scale
+        k_in = inside[:, None] & (dims[None, :] < D)
+        k = tl.load(k_base + keys[:, None] * k_s + dims[None, :], mask=k_in, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
-        v = tl.load(v_base + keys[:, None] * v_s + cols[None, :], mask=inside[:, None], other=0.0)
-        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
+        v_in = inside[:, None] & (cols[None, :] < U)
+        v = tl.load(v_base + keys[:, None] * v_s + cols[None, :], mask=v_in, other=0.0)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         norm = norm * shrink + tl.sum(weights, 1)
         top = new_top
     seen = norm > 0  # an empty split has no keys: its log-sum is -inf, its output 0, never NaN
     lse = tl.where(seen, top + tl.log2(tl.where(seen, norm, 1.0)), float("-inf"))
     out = out / tl.where(seen, norm, 1.0)[:, None]
     at = ((sequence * kv_heads * GROUP + heads) * splits + split).to(tl.int64)
-    tl.store(partial_ptr + at[:, None] * U + cols[None, :], out, mask=rows[:, None] < GROUP)
+    tl.store(partial_ptr + at[:, None] * U + cols[None, :], out, mask=(rows[:, None] < GROUP) & (cols[None, :] < U))
     tl.store(lse_ptr + at, lse, mask=rows < GROUP)
 
 
 @triton.jit
-def merge(partial_ptr, lse_ptr, out_ptr, splits, U: tl.constexpr, SPLITS: tl.constexpr):
+def merge(partial_ptr, lse_ptr, out_ptr, splits, U: tl.constexpr, U_PADDED: tl.constexpr, SPLITS: tl.constexpr):
     """Program (sequence, head): the partial outputs weighted by their share of the whole sum, in fp32."""
     at = tl.program_id(0).to(tl.int64)
-    rows, cols = tl.arange(0, SPLITS), tl.arange(0, U)
-    inside = rows < splits
-    lse = tl.load(lse_ptr + at * splits + rows, mask=inside, other=float("-inf"))
+    rows, cols = tl.arange(0, SPLITS), tl.arange(0, U_PADDED)
+    inside = (rows[:, None] < splits) & (cols[None, :] < U)
+    lse = tl.load(lse_ptr + at * splits + rows, mask=rows < splits, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, 0))
     weights = weights / tl.sum(weights, 0)
-    parts = tl.load(partial_ptr + (at * splits + rows[:, None]) * U + cols[None, :], mask=inside[:, None], other=0.0)
-    tl.store(out_ptr + at * U + cols, tl.sum(parts * weights[:, None], 0).to(out_ptr.dtype.element_ty))
+    parts = tl.load(partial_ptr + (at * splits + rows[:, None]) * U + cols[None, :], mask=inside, other=0.0)
+    merged = tl.sum(parts * weights[:, None], 0)
+    tl.store(out_ptr + at * U + cols, merged.to(out_ptr.dtype.element_ty), mask=cols < U)

@@ -1,0 +1,23 @@
+"""The end of a run: summary.json and report.html, from the journal alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from headgrid.errors import InvalidInput
+from headgrid.experiment.folder import open_run, write_json, write_text
+from headgrid.experiment.stats import summarise
+from headgrid.report.html import render
+
+
+def conclude(folder: Path) -> dict[str, Any]:
+    """Write both files and return the summary. Raises InvalidInput if `folder` is not a run folder."""
+    design, records = open_run(folder)
+    try:
+        env = json.loads((folder / "env.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{folder} is not a run folder", why=f"env.json: {error}") from error
+    summary = summarise(design.to_dict(), records) | {"run": str(folder)}
+    write_json(folder / "summary.json", summary)
+    write_text(folder / "report.html", render(design.to_dict(), env, records, summary))
+    return summary

@@ -1,0 +1,87 @@
+"""What the suite covers. An empty or lopsided suite is a failure, not a success."""
+
+from pathlib import Path
+
+import pytest
+from cases import WORLD_SIZES, Case, exact_cases
+
+from headgrid.layout.shards import qk_channels
+from headgrid.layout.span import balanced, total
+
+LEAST = 200
+
+
+def test_the_suite_has_its_cases() -> None:
+    cases = exact_cases()
+    assert len(cases) == len({case.id for case in cases}) >= LEAST
+    assert {case.ranks for case in cases} == set(WORLD_SIZES)
+
+
+def test_they_were_collected(request: pytest.FixtureRequest) -> None:
+    """A parametrisation that yields nothing, or a module that is not found, would be passed over without a word."""
+    module, config = Path(__file__).with_name("test_exactness.py"), request.config
+    asked_for = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    if config.option.keyword or not any(module.is_relative_to(path) for path in asked_for):
+        pytest.skip("only a part of the suite was asked for")
+    assert len([item for item in request.session.items if item.path == module]) >= LEAST
+
+
+def test_both_cuts_are_real_in_most_cases() -> None:
+    both = [case for case in exact_cases() if min(case.layout.num_head_groups, case.layout.num_dim_slices) > 1]
+    assert len(both) > 0.6 * len(exact_cases())
+
+
+PROPERTIES = {
+    "exchange gather": lambda c: c.layout.exchange == "gather",
+    "exchange batch": lambda c: c.layout.exchange == "batch",
+    "output concat": lambda c: c.layout.output == "concat",
+    "tensor parallel": lambda c: c.layout.num_head_groups > 1 == c.layout.num_dim_slices,
+    "KV heads copied": lambda c: c.layout.num_head_groups > c.model.num_kv_heads,
+    "pipeline": lambda c: c.layout.pp > 1,
+    "replicas": lambda c: c.layout.dp > 1,
+    "one KV head for each query head": lambda c: c.model.num_heads == c.model.num_kv_heads > 1,
+    "grouped KV heads": lambda c: c.model.num_heads > c.model.num_kv_heads > 1,
+    "one KV head": lambda c: c.model.num_heads > c.model.num_kv_heads == 1,
+    "rotary": lambda c: c.model.positions == "rotary",
+    "learned": lambda c: c.model.positions == "learned",
+    "biases": lambda c: c.model.linear_bias,
+    "no biases": lambda c: not c.model.linear_bias,
+    "tied": lambda c: c.model.tied_embeddings,
+    "tied across stages": lambda c: c.model.tied_embeddings and c.layout.pp > 1,
+    "fp32": lambda c: c.workload.dtype == "float32",
+    "uneven slices of Q and K": lambda c: _uneven(total(s) for s in qk_channels(c.model, c.layout.num_dim_slices)),
+    "uneven slices of V": lambda c: c.model.head_dim % c.layout.num_dim_slices > 0,
+    "uneven MLP": lambda c: c.model.mlp_hidden_size % c.layout.tp > 0,
+    "uneven vocabulary": lambda c: c.model.vocab_size % c.layout.tp > 0,
+    "uneven output columns": lambda c: c.layout.output == "concat" and c.model.hidden_size % c.layout.tp > 0,
+    "uneven stages": lambda c: _uneven(len(s) for s in balanced(c.model.num_layers, c.layout.pp)),
+    "fewer sequences than slices": lambda c: _shares_batch(c) and c.workload.batch < c.layout.num_dim_slices,
+    "uneven batch over slices": lambda c: _shares_batch(c) and c.workload.batch % c.layout.num_dim_slices > 0,
+    "uneven batch over replicas": lambda c: c.workload.batch % c.layout.dp > 0,
+    "fewer sequences than stages": lambda c: c.workload.batch < c.layout.pp,
+    "several calls": lambda c: c.workload.chunk_tokens < c.workload.seq * c.workload.batch,
+}
+
+
+def _uneven(sizes: object) -> bool:
+    return len(set(sizes)) > 1  # type: ignore[call-overload]
+
+
+def _shares_batch(case: Case) -> bool:
+    return case.layout.exchange == "batch"
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_a_property_that_could_break_a_layout_is_covered(name: str) -> None:
+    having = [case.id for case in exact_cases() if PROPERTIES[name](case)]
+    assert len(having) >= 3, having
+
+
+def test_every_pair_of_exchange_and_output_meets_every_kind_of_model() -> None:
+    def kind(case: Case) -> tuple:
+        model = case.model
+        grouped = model.num_heads > model.num_kv_heads
+        return case.layout.exchange, case.layout.output, model.positions, grouped, model.linear_bias
+
+    kinds = {kind(case) for case in exact_cases() if case.layout.num_dim_slices > 1}
+    assert len(kinds) == 2**5

@@ -1,0 +1,14 @@
+"""Parallel equals serial: every layout on real ranks against the single-device reference, and against predictions."""
+
+from collections.abc import Callable
+
+import pytest
+from cases import Case, exact_cases
+from oracle import judge, prove_sensitive
+
+
+@pytest.mark.parametrize("case", exact_cases(), ids=lambda case: case.id)
+def test_ranks_compute_what_one_device_computes(case: Case, outcomes: Callable) -> None:
+    prove_sensitive(case)
+    verdict = judge(case, outcomes(case))
+    assert not verdict.complaints, "\n".join(verdict.complaints)

@@ -142,6 +142,13 @@ def default_arms(model: ModelSpec, ranks: int) -> tuple[str, ...]:
     return tuple(name for name in names if is_legal(model, parse_layout(name)))
 
 
+def gathered_arms(model: ModelSpec, ranks: int) -> tuple[str, ...]:
+    """The same grid, and one slice for each rank, with weights gathered in prefill: where links are fast they win."""
+    grid = _grid(model, ranks)
+    names = [f"n{n}m{m}:batch+gathered" for n, m in dict.fromkeys([grid, (1, ranks)] if grid else [])]
+    return tuple(name for name in names if is_legal(model, parse_layout(name)))
+
+
 def control_layout(model: ModelSpec, ranks: int) -> str:
     """The negative control: softmax per slice, without the sum. Another function, which verification must reject."""
     grid = _grid(model, ranks)

@@ -6,7 +6,15 @@ from typing import Any
 
 from headgrid.errors import InvalidInput, NotAvailable
 from headgrid.experiment import budget
-from headgrid.experiment.design import SEED_PROTOCOL, Design, Protocol, control_layout, declare, default_arms
+from headgrid.experiment.design import (
+    SEED_PROTOCOL,
+    Design,
+    Protocol,
+    control_layout,
+    declare,
+    default_arms,
+    gathered_arms,
+)
 from headgrid.experiment.machine import Machine, look
 from headgrid.experiment.text import identify
 from headgrid.layout.layout import parse_layout
@@ -65,6 +73,8 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     default = _DEFAULTS[machine.device]
     model = find_model(wishes.model or default["model"])
     arms = wishes.arms if wishes.arms is not None else default_arms(model, ranks)
+    if wishes.arms is None and machine.device == "cuda":
+        arms += gathered_arms(model, ranks)
     if not arms:
         raise InvalidInput("no arms to compare", legal=("--arms tp8pp2,n4m4:batch",))
     workload = _workload(wishes, default, model)

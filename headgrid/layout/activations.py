@@ -6,13 +6,13 @@ Q/K head and of a V head in this slice, d those of whole heads.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from headgrid.layout.batching import MicroBatch, prefill_micro_batches, replica_rows
-from headgrid.layout.layout import Layout
-from headgrid.layout.shards import HeadShard, head_shard
-from headgrid.layout.span import balanced
+from headgrid.layout.batching import MicroBatch, chunks, prefill_micro_batches, replica_rows
+from headgrid.layout.layout import Coordinates, Layout
+from headgrid.layout.shards import HeadShard, head_shard, parameters, stage_layers
+from headgrid.layout.span import balanced, total
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -39,6 +39,7 @@ class _Call:
     mlp: int
     columns: int
     element_bytes: int
+    rotations: int = 1
 
     @property
     def hidden(self) -> int:
@@ -107,7 +108,7 @@ def _rotation_bytes(call: _Call) -> int:
     if call.model.positions != "rotary":
         return 0
     widest = max(len(call.own.heads), len(call.own.kv_heads)) * call.own.qk_width
-    return (call.projections + 3 * call.tokens * widest // 2) * call.element_bytes
+    return (call.projections + 3 * call.tokens * (widest // call.rotations) // 2) * call.element_bytes
 
 
 def _steps_bytes(call: _Call) -> Iterator[int]:
@@ -137,41 +138,99 @@ def _attended(layout: Layout, micro_batch: MicroBatch, index: int) -> int:
     return len(micro_batch.parts[index]) if layout.exchange == "batch" else micro_batch.size
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Bytes of one micro-batch on one rank: its residual, its token ids, and the most that is held beside them."""
+
+    hidden: int
+    ids: int
+    steps: int
+
+
+def _stationary(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[_Held]:
+    for call in _calls(model, layout, workload, rank):
+        yield _Held(call.hidden * call.element_bytes, call.tokens * _ID_BYTES, max(_steps_bytes(call)))
+
+
+def _matrices(model: ModelSpec, layout: Layout, rank: int, *, biases: bool) -> dict[str, int]:
+    """Elements of a head group's matrices in one layer, with the biases that are cut like them or without."""
+    at = layout.coordinates(rank)
+    sizes = {"qkv": 0, "o": 0, "up": 0, "down": 0}
+    for j in range(layout.num_dim_slices):
+        shards = parameters(model, layout, layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)))
+        prefix = f"layers.{stage_layers(model, layout)[at.pp].start}."
+        for name, shard in shards.items():
+            part, kind = name.split(".")[-2:]
+            if (
+                name.startswith(prefix)
+                and part != "norm"
+                and (kind == "weight" or (biases and part in ("q", "k", "v", "up")))
+            ):
+                sizes["qkv" if part in ("q", "k", "v") else part] += shard.num_elements
+    return sizes
+
+
+def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[_Held]:
+    """Two layers of gathered weights (this one's and the next one's) beside the work on one chunk of sequences.
+
+    Slices of unequal size need a further copy of the own slice for each peer, which is not counted.
+    """
+    at, e = layout.coordinates(rank), workload.element_bytes
+    whole = replace(layout, num_dim_slices=1, exchange="none", weights="stationary")
+    own = head_shard(model, whole, at.head_group, 0)
+    sizes = {name: size * e for name, size in _matrices(model, layout, rank, biases=True).items()}
+    layer, units = sum(sizes.values()), sizes["up"] // e // (model.hidden_size + model.linear_bias)
+    layers = min(2, len(stage_layers(model, layout)[at.pp]))
+    for mb in prefill_micro_batches(layout, workload, at.dp):
+        rows = len(mb.parts[at.slice])
+        largest = max((len(piece) for piece in chunks(rows, workload)), default=0) * workload.seq
+        call = _Call(model, whole, own, largest, largest, workload.seq, largest * units, 0, e, layout.num_dim_slices)
+        assembling = layer + max(sizes["qkv"], sizes["o"], sizes["down"])
+        computing = layers * layer + max(_steps_bytes(call))
+        hidden, ids = rows * workload.seq * model.hidden_size * e, mb.size * workload.seq * _ID_BYTES
+        yield _Held(hidden, ids, max(assembling, computing))
+
+
 def activations_peak_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
     """Peak bytes that `rank` allocates in a prefill, beyond weights, cache, logits and tokens.
 
     Micro-batches never grow (`balanced` puts longer parts first), so the first few hold the peak.
     """
-    stage = layout.coordinates(rank).pp
-    calls, peak = list(islice(_calls(model, layout, workload, rank), _SENDS_IN_FLIGHT + 2)), 0
+    stage, peak = layout.coordinates(rank).pp, 0
+    sequence = _gathered if layout.weights == "gathered" else _stationary
+    calls = list(islice(sequence(model, layout, workload, rank), _SENDS_IN_FLIGHT + 2))
     for k, call in enumerate(calls):
-        e = call.element_bytes
-        held = call.hidden * e
+        held = call.hidden + call.steps
         if stage == 0:
-            held += call.tokens * _ID_BYTES
+            held += call.ids
         elif k + 1 < len(calls):
-            held += calls[k + 1].hidden * e  # its receive is posted before this call computes
+            held += calls[k + 1].hidden  # its receive is posted before this call computes
         if stage < layout.pp - 1:
-            held += sum(sent.hidden * e for sent in calls[max(0, k - _SENDS_IN_FLIGHT) : k])
-        peak = max(peak, held + max(_steps_bytes(call)))
+            held += sum(sent.hidden for sent in calls[max(0, k - _SENDS_IN_FLIGHT) : k])
+        peak = max(peak, held)
     return peak
 
 
 def communication_buffer_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
     """Bytes of the largest tensor that a collective of a prefill writes out of place."""
     sizes = [0]
+    at = layout.coordinates(rank)
+    if layout.weights == "gathered":
+        sizes += [size * workload.element_bytes for size in _matrices(model, layout, rank, biases=False).values()]
+        table = balanced(model.vocab_size, layout.tp)[at.head_group * layout.num_dim_slices :][: layout.num_dim_slices]
+        sizes += [total(table) * model.hidden_size * workload.element_bytes] if at.pp == 0 else []
     for call in islice(_calls(model, layout, workload, rank), 1):
         e, heads, kv, d = call.element_bytes, len(call.own.heads), len(call.own.kv_heads), model.head_dim
         if layout.exchange == "gather":
             sizes.append(call.tokens * (heads + kv) * d * e)
-        elif layout.exchange == "batch":
+        elif layout.exchange == "batch" and layout.weights == "stationary":
             sizes += [call.attended * (heads + 2 * kv) * d * e, call.out * e]
         if layout.output == "concat" and layout.tp > 1:
             sizes += [call.tokens * model.num_heads * d * e, call.hidden * e]
-        if layout.coordinates(rank).pp > 0:
-            sizes.append(call.hidden * e)
+        if at.pp > 0:
+            sizes.append((call.attended * model.hidden_size if layout.weights == "gathered" else call.hidden) * e)
         elif layout.pp == 1 and layout.tp > 1:
             sizes.append(call.tokens // call.seq * model.vocab_size * e)
-    if layout.coordinates(rank).pp == 0 and layout.pp > 1:
-        sizes.append(len(replica_rows(layout, workload.batch)[layout.coordinates(rank).dp]) * _ID_BYTES)
+    if at.pp == 0 and layout.pp > 1:
+        sizes.append(len(replica_rows(layout, workload.batch)[at.dp]) * _ID_BYTES)
     return max(sizes)

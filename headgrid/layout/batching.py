@@ -49,22 +49,33 @@ def owned_rows(layout: Layout, batch: int, rank: int) -> Span:
 
 def _micro_batches(layout: Layout, rows: Span, count: int) -> tuple[MicroBatch, ...]:
     owners = cache_rows(layout, rows)
-    count = max(1, min(count, max(len(owner) for owner in owners)))
+    fewest = min if layout.weights == "gathered" else max  # gathered: every slice has a sequence in each micro-batch
+    count = max(1, min(count, fewest(len(owner) for owner in owners)))
     split = [balanced(owner, count) for owner in owners]
     return tuple(MicroBatch(tuple(parts)) for parts in zip(*split, strict=True))
 
 
 @functools.lru_cache(maxsize=8)  # predictions ask for the same plan for every rank of a replica
 def prefill_micro_batches(layout: Layout, workload: Workload, replica: int) -> tuple[MicroBatch, ...]:
-    """Micro-batches of whole sequences, in order, within `workload.chunk_tokens` where one sequence allows it."""
+    """Micro-batches of whole sequences, in order, within `workload.chunk_tokens` where one sequence allows it.
+
+    With gathered weights a micro-batch is larger, so that each gathered layer serves many sequences; it is computed
+    in `chunks` of that size.
+    """
     rows = replica_rows(layout, workload.batch)[replica]
     per_call = max(1, workload.chunk_tokens // workload.seq)
     if layout.exchange == "batch":  # every slice needs a row in each call, or it would sit idle
         per_call = max(per_call // layout.num_dim_slices, 1) * layout.num_dim_slices
-    count = -(-len(rows) // per_call)
+    count = 1 if layout.weights == "gathered" else -(-len(rows) // per_call)
     if layout.pp > 1:
         count = max(count, PIPELINE_FILL * layout.pp)
     return _micro_batches(layout, rows, count)
+
+
+def chunks(rows: int, workload: Workload) -> Spans:
+    """Pieces of a slice's own sequences that are computed together, within `workload.chunk_tokens`."""
+    per_call = max(1, workload.chunk_tokens // workload.seq)
+    return balanced(rows, -(-rows // per_call)) if rows else ()
 
 
 def decode_micro_batches(layout: Layout, workload: Workload, replica: int) -> tuple[MicroBatch, ...]:

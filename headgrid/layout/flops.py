@@ -1,7 +1,7 @@
 """Predicted floating-point operations: a multiplication and an addition for each term of a matrix product."""
 
 from headgrid.layout.batching import MicroBatch, decode_micro_batches, prefill_micro_batches
-from headgrid.layout.layout import Layout
+from headgrid.layout.layout import Coordinates, Layout
 from headgrid.layout.shards import head_shard, parameters
 from headgrid.layout.span import total
 from headgrid.spec.model import ModelSpec
@@ -40,9 +40,24 @@ def prefill_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: in
     """Operations that `rank` issues in one prefill of the batch, the upper half of the causal square included."""
     per_token, head = _linears(model, layout, rank)
     flops = 0
+    if layout.weights == "gathered":
+        return _gathered_flops(model, layout, workload, rank)
     for mb in prefill_micro_batches(layout, workload, layout.coordinates(rank).dp):
         rows = _attended_rows(layout, rank, mb)
         flops += 2 * per_token * mb.size * workload.seq + 2 * head * mb.size
+        flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, workload.seq, workload.seq)
+    return flops
+
+
+def _gathered_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
+    """The whole group's weights for the slice's own sequences; logits as with stationary weights."""
+    at = layout.coordinates(rank)
+    peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
+    per_token = sum(_linears(model, layout, peer)[0] for peer in peers)
+    head, flops = _linears(model, layout, rank)[1], 0
+    for mb in prefill_micro_batches(layout, workload, at.dp):
+        rows = _attended_rows(layout, rank, mb)
+        flops += 2 * per_token * rows * workload.seq + 2 * head * mb.size
         flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, workload.seq, workload.seq)
     return flops
 

@@ -9,10 +9,13 @@ from headgrid.errors import InvalidLayout
 Exchange = Literal["none", "gather", "batch", "independent"]
 """How the m ranks of a head group make attention exact; `independent` (no exchange) is wrong and only a control."""
 Output = Literal["reduce", "concat"]
+WeightMode = Literal["stationary", "gathered"]
+"""Whether activations move to the weights, or, in prefill, the slices of the weights to the activations."""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch")
 OUTPUTS: tuple[str, ...] = get_args(Output)
+WEIGHT_MODES: tuple[str, ...] = get_args(WeightMode)
 _FIXED: dict[Axis, tuple[str, ...]] = {
     "dp": ("pp", "head_group", "slice"),
     "pp": ("dp", "head_group", "slice"),
@@ -48,6 +51,7 @@ class Layout:
     dp: int = 1
     exchange: Exchange = "none"
     output: Output = "reduce"
+    weights: WeightMode = "stationary"
 
     def __post_init__(self) -> None:
         """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
@@ -63,6 +67,12 @@ class Layout:
             )
         if self.num_dim_slices == 1 and self.exchange != "none":
             raise InvalidLayout(f"exchange {self.exchange!r} has nothing to exchange: there is one slice (m = 1)")
+        if self.weights == "gathered" and (self.exchange, self.output) != ("batch", "reduce"):
+            raise InvalidLayout(
+                f"gathered weights do not go with exchange {self.exchange!r} and output {self.output!r}",
+                why="they leave each slice the whole heads of its own sequences, which is how `batch` caches them",
+                legal=(f"n{self.num_head_groups}m{max(2, self.num_dim_slices)}:batch+gathered",),
+            )
 
     @property
     def tp(self) -> int:
@@ -106,6 +116,7 @@ class Layout:
         degrees = f"n{n}m{m}" if m > 1 else f"tp{n}" if n > 1 or self.ranks == 1 else ""
         degrees += "".join(f"{axis}{size}" for axis, size in (("pp", self.pp), ("dp", self.dp)) if size > 1)
         options = [self.exchange] * (m > 1) + [self.output] * (self.output != "reduce")
+        options += [self.weights] * (self.weights != "stationary")
         return degrees + (":" + "+".join(options) if options else "")
 
 
@@ -121,12 +132,14 @@ def parse_layout(text: str) -> Layout:
         raise InvalidLayout(f"{text!r} is not a layout", why="write degrees, then : and options", legal=EXAMPLES)
     if "tp" in sizes and ("n" in sizes or "m" in sizes):
         raise InvalidLayout(f"{text!r} names tp beside n or m", why="tpN means nNm1", legal=EXAMPLES)
-    known = {name: "exchange" for name in get_args(Exchange) if name != "none"} | {name: "output" for name in OUTPUTS}
+    known = {name: "exchange" for name in get_args(Exchange) if name != "none"}
+    known |= {name: "output" for name in OUTPUTS} | {name: "weights" for name in WEIGHT_MODES}
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
             raise InvalidLayout(
-                f"{option!r} in {text!r} is not an option, or is one too many", legal=(*EXCHANGES, *OUTPUTS)
+                f"{option!r} in {text!r} is not an option, or is one too many",
+                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES),
             )
         chosen[known[option]] = option
     return Layout(

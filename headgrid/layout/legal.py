@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from headgrid.errors import InvalidLayout
-from headgrid.layout.layout import EXCHANGES, Exchange, Layout, Output
+from headgrid.layout.layout import EXCHANGES, Exchange, Layout, Output, WeightMode
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -61,6 +61,12 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
             why="a replica needs a sequence",
             legal=(f"--batch {layout.dp}",),
         )
+    if layout.weights == "gathered" and layout.pp > 1 and layout.dp * layout.num_dim_slices > workload.batch:
+        raise InvalidLayout(
+            f"{layout}: {layout.dp} x {layout.num_dim_slices} slices share {workload.batch} sequences",
+            why="with gathered weights every slice of a stage passes its own sequences on",
+            legal=(f"--batch {layout.dp * layout.num_dim_slices}",),
+        )
     if workload.cache_positions > model.max_positions:
         raise InvalidLayout(
             f"{workload.seq} + {workload.decode_steps} positions, but {model.name} has {model.max_positions}",
@@ -84,18 +90,20 @@ def _all(ranks: int) -> Iterator[Layout]:
     for tp in reversed(divisors(ranks)):
         for pp in divisors(ranks // tp):
             for n in reversed(divisors(tp)):
-                exchanges: tuple[Exchange, ...] = ("none",) if n == tp else EXCHANGES  # type: ignore[assignment]
-                outputs: tuple[Output, ...] = ("reduce", "concat") if tp > 1 else ("reduce",)
-                for exchange in exchanges:
-                    for output in outputs:
-                        yield Layout(
-                            num_head_groups=n,
-                            num_dim_slices=tp // n,
-                            pp=pp,
-                            dp=ranks // tp // pp,
-                            exchange=exchange,
-                            output=output,
-                        )
+                degrees = {"num_head_groups": n, "num_dim_slices": tp // n, "pp": pp, "dp": ranks // tp // pp}
+                for exchange, output, weights in _choices(n, tp // n):
+                    yield Layout(**degrees, exchange=exchange, output=output, weights=weights)
+
+
+def _choices(n: int, m: int) -> Iterator[tuple[Exchange, Output, WeightMode]]:
+    """Exchange, output and weights that go together on an n x m grid."""
+    exchanges: tuple[Exchange, ...] = EXCHANGES if m > 1 else ("none",)  # type: ignore[assignment]
+    for exchange in exchanges:
+        yield exchange, "reduce", "stationary"
+        if n * m > 1:
+            yield exchange, "concat", "stationary"
+    if m > 1:
+        yield "batch", "reduce", "gathered"
 
 
 def legal_layouts(model: ModelSpec, ranks: int) -> tuple[Layout, ...]:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from headgrid.layout.batching import MicroBatch, decode_micro_batches, prefill_micro_batches, replica_rows
+from headgrid.layout.batching import MicroBatch, chunks, decode_micro_batches, prefill_micro_batches, replica_rows
 from headgrid.layout.layout import Layout
-from headgrid.layout.shards import HeadShard, head_shard, stage_layers
-from headgrid.layout.span import balanced
+from headgrid.layout.shards import HeadShard, head_shard, parameters, stage_layers
+from headgrid.layout.span import balanced, indices
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -122,6 +122,47 @@ def _forward(call: _Call) -> Iterator[Collective]:
         yield Collective("all_gather", "tp", (layout.tp - 1) * part)
 
 
+def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> Iterator[Collective]:
+    """One micro-batch through one stage with gathered weights: the slice computes its own sequences only."""
+    at, e = layout.coordinates(rank), workload.element_bytes
+    shards, others = parameters(model, layout, rank), layout.num_dim_slices - 1
+    rows = len(mb.parts[at.slice])
+    hidden = rows * workload.seq * model.hidden_size * e
+    over_heads = Collective("all_reduce", "tp_head", all_reduce_bytes(hidden, layout.num_head_groups))
+    if at.pp > 0:
+        yield Collective("recv", "pp", hidden)
+    else:
+        yield Collective("all_gather", "tp_slice", others * shards["embedding.weight"].num_elements * e)
+        if layout.num_head_groups > 1 and rows:
+            yield over_heads
+    for index in indices((stage_layers(model, layout)[at.pp],)):
+        yield from _gathered_layer(model, layout, workload, rank, index, rows)
+    if at.pp < layout.pp - 1:
+        yield Collective("send", "pp", hidden)
+    else:
+        yield Collective("all_gather", "tp_slice", others * rows * model.hidden_size * e)
+        vocab = balanced(model.vocab_size, layout.tp)[layout.tp_index(at)]
+        yield Collective("all_gather", "tp", (layout.tp - 1) * mb.size * len(vocab) * e)
+
+
+def _gathered_layer(
+    model: ModelSpec, layout: Layout, workload: Workload, rank: int, index: int, rows: int
+) -> Iterator[Collective]:
+    """The slices of a layer's weights once, then two reductions over the head groups for each chunk of sequences."""
+    shards, e = parameters(model, layout, rank), workload.element_bytes
+    parts = (("attention.q", "attention.k", "attention.v"), ("attention.o",), ("mlp.up",), ("mlp.down",))
+    named = [[f"layers.{index}.{name}.weight" for name in names] for names in parts]
+    if model.linear_bias:
+        named += [[f"layers.{index}.{name}.bias" for name in names] for names in (parts[0], parts[2])]
+    for names in named:
+        size = sum(shards[name].num_elements for name in names) * e
+        yield Collective("all_gather", "tp_slice", (layout.num_dim_slices - 1) * size)
+    for chunk in chunks(rows, workload) if layout.num_head_groups > 1 else ():
+        hidden = len(chunk) * workload.seq * model.hidden_size * e
+        for _ in range(2):
+            yield Collective("all_reduce", "tp_head", all_reduce_bytes(hidden, layout.num_head_groups))
+
+
 def _tokens_back(layout: Layout, rank: int, rows: int) -> Iterator[Collective]:
     """Greedy tokens return from the last stage to the first."""
     stage = layout.coordinates(rank).pp
@@ -131,14 +172,17 @@ def _tokens_back(layout: Layout, rank: int, rows: int) -> Iterator[Collective]:
 
 def layer_collectives(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> frozenset[Collective]:
     """The kinds of calls that layers issue, in either phase; embedding and logits may issue equal ones."""
-    replica = layout.coordinates(rank).dp
-    plans = ((prefill_micro_batches, workload.seq), (decode_micro_batches, 1))
-    return frozenset(
-        collective
-        for plan, queries in plans
-        for micro_batch in plan(layout, workload, replica)
-        for collective in _layer(_Call(model, layout, rank, micro_batch, queries, workload.element_bytes))
-    )
+    at = layout.coordinates(rank)
+    found: set[Collective] = set()
+    for mb in prefill_micro_batches(layout, workload, at.dp):
+        if layout.weights == "gathered":
+            first = stage_layers(model, layout)[at.pp].start
+            found.update(_gathered_layer(model, layout, workload, rank, first, len(mb.parts[at.slice])))
+        else:
+            found.update(_layer(_Call(model, layout, rank, mb, workload.seq, workload.element_bytes)))
+    for mb in decode_micro_batches(layout, workload, at.dp):
+        found.update(_layer(_Call(model, layout, rank, mb, 1, workload.element_bytes)))
+    return frozenset(found)
 
 
 def prefill_collectives(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Counter[Collective]:
@@ -146,8 +190,10 @@ def prefill_collectives(model: ModelSpec, layout: Layout, workload: Workload, ra
     replica = layout.coordinates(rank).dp
     issued: Counter[Collective] = Counter()
     for micro_batch in prefill_micro_batches(layout, workload, replica):
-        call = _Call(model, layout, rank, micro_batch, workload.seq, workload.element_bytes)
-        issued.update(_forward(call))
+        if layout.weights == "gathered":
+            issued.update(_gathered(model, layout, workload, rank, micro_batch))
+        else:
+            issued.update(_forward(_Call(model, layout, rank, micro_batch, workload.seq, workload.element_bytes)))
     issued.update(_tokens_back(layout, rank, len(replica_rows(layout, workload.batch)[replica])))
     return issued
 

@@ -71,13 +71,20 @@ class Axis:
         """The parts of all ranks in axis order, flat: rank r contributes `sizes[r]` elements. `x` flat, contiguous."""
         if self.size == 1:
             return x
+        return self.start_all_gather(x, sizes).wait()
+
+    def start_all_gather(self, x: Tensor, sizes: Sequence[int]) -> "Receipt":
+        """Begin `all_gather`; the result is there after `wait`. Leave `x` alone until then."""
         issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
         out = x.new_empty(sum(sizes))
         if len(set(sizes)) == 1:
-            _all_gather(out, x, group=self.group)
+            work = _all_gather(out, x, group=self.group, async_op=True)
         else:  # gloo refuses uneven all-gathers; its uneven all-to-all works
-            dist.all_to_all_single(out, x.repeat(self.size), list(sizes), [x.numel()] * self.size, group=self.group)
-        return self._done(issued, out)
+            repeated = x.repeat(self.size)
+            splits = [x.numel()] * self.size
+            work = dist.all_to_all_single(out, repeated, list(sizes), splits, group=self.group, async_op=True)
+        assert work is not None
+        return Receipt(self, issued, work, out)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """`send[r]` elements of flat `x` go to rank r; the `receive[r]` that come from it, in axis order, flat."""

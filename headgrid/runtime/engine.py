@@ -8,12 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from headgrid.layout.batching import MicroBatch, decode_micro_batches, prefill_micro_batches, replica_rows
+from headgrid.layout.batching import (
+    MicroBatch,
+    decode_micro_batches,
+    owned_rows,
+    prefill_micro_batches,
+    replica_rows,
+)
 from headgrid.layout.layout import Layout
 from headgrid.layout.memory import cache_shape
 from headgrid.runtime.attention import Position
 from headgrid.runtime.cache import carve
 from headgrid.runtime.collectives import Receipt
+from headgrid.runtime.gathered import GatheredPrefill
 from headgrid.runtime.mesh import Mesh
 from headgrid.runtime.stage import Stage, Weights
 from headgrid.spec.model import ModelSpec
@@ -48,7 +55,10 @@ class Engine:
         """`weights` as from `stage.load`; `arena` flat, with at least the cache's elements."""
         self.model, self.layout, self.workload, self.mesh = model, layout, workload, mesh
         cache = carve(arena, cache_shape(model, layout, workload, mesh.rank))
-        self.stage = Stage(model, layout, mesh, weights, cache, workload.batch)
+        owned = owned_rows(layout, workload.batch, mesh.rank)
+        self.stage = Stage(model, layout, mesh.stage, weights, cache, owned)
+        gathered = layout.weights == "gathered"
+        self.gathered = GatheredPrefill(model, layout, mesh, self.stage, workload) if gathered else None
         self.device = self.stage.device
         self.rows = replica_rows(layout, workload.batch)[mesh.at.dp]
         self.prefill_plan = prefill_micro_batches(layout, workload, mesh.at.dp)
@@ -57,7 +67,7 @@ class Engine:
         self.logits = torch.zeros(len(self.rows), model.vocab_size, dtype=self.stage.dtype, device=self.device)
         self._position = Position(0, torch.zeros(1, dtype=torch.int64, device=self.device))
         self._local = {mb: self._replica_index(mb) for mb in (*self.prefill_plan, *self.decode_plan)}
-        self._hidden = [self._hidden_buffer(mb, 1) for mb in self.decode_plan]
+        self._hidden = [self._hidden_buffer(mb.size, 1) for mb in self.decode_plan]
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
@@ -65,9 +75,13 @@ class Engine:
         rows = [row - self.rows.start for row in micro_batch.rows()]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    def _hidden_buffer(self, micro_batch: MicroBatch, queries: int) -> Tensor:
-        shape = (micro_batch.size, queries, self.model.hidden_size)
+    def _hidden_buffer(self, rows: int, queries: int) -> Tensor:
+        shape = (rows, queries, self.model.hidden_size)
         return torch.empty(shape, dtype=self.stage.dtype, device=self.device)
+
+    def _prefill_rows(self, mb: MicroBatch) -> int:
+        """Sequences of a micro-batch whose hidden states this rank holds in prefill."""
+        return mb.size if self.gathered is None else len(mb.parts[self.mesh.at.slice])
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor, observe: StageObserver | None = None) -> None:
@@ -78,18 +92,21 @@ class Engine:
         """
         mine = prompts[self.rows.start : self.rows.stop].to(self.device)
         queries = prompts.shape[1]
-        arriving = self._expect(self.prefill_plan[0], queries)
+        arriving = self._expect(self._prefill_rows(self.prefill_plan[0]), queries)
         for k, mb in enumerate(self.prefill_plan):
             x = mine.index_select(0, self._local[mb]) if self.stage.first else _arrived(arriving)
             if k + 1 < len(self.prefill_plan):
-                arriving = self._expect(self.prefill_plan[k + 1], queries)
-            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, mb=mb: self.stage.forward(x, mb, None)), mb)
+                arriving = self._expect(self._prefill_rows(self.prefill_plan[k + 1]), queries)
+            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, mb=mb: self._prefill_stage(x, mb)), mb)
         self._set_position(queries)
         if self.stage.last:
             self._return_tokens(self.tokens)
         elif self.stage.first:
             self.tokens.copy_(self._expect_tokens(len(self.rows)).wait())
         self._finish_sends()
+
+    def _prefill_stage(self, x: Tensor, mb: MicroBatch) -> Tensor:
+        return self.stage.forward(x, mb, None) if self.gathered is None else self.gathered.forward(x, mb)
 
     @torch.inference_mode()
     def decode(self, steps: int, *, keep_logits: bool = False, observe: StageObserver | None = None) -> Decoded:
@@ -102,7 +119,7 @@ class Engine:
         logits: list[Tensor] = []
         work = [(step, k) for step in range(steps) for k in range(len(self.decode_plan))]
         returning: dict[int, Receipt] = {}
-        arriving = self._expect(self.decode_plan[0], 1)
+        arriving = self._expect(self.decode_plan[0].size, 1)
         for n, (step, k) in enumerate(work):
             mb = self.decode_plan[k]
             if k == 0 and step:
@@ -110,7 +127,7 @@ class Engine:
             if not self.stage.first:
                 self._hidden[k].copy_(_arrived(arriving))
             if n + 1 < len(work):
-                arriving = self._expect(self.decode_plan[work[n + 1][1]], 1)
+                arriving = self._expect(self.decode_plan[work[n + 1][1]].size, 1)
             if k in returning:
                 self._put_tokens(mb, returning.pop(k))
             _observed(observe, "decode", k, step, lambda k=k: self._compute(k))
@@ -170,11 +187,11 @@ class Engine:
     def _set_position(self, host: int) -> None:
         self._position = Position(host, self._position.device.fill_(host))
 
-    def _expect(self, mb: MicroBatch, queries: int) -> Receipt | None:
+    def _expect(self, rows: int, queries: int) -> Receipt | None:
         """Post the receive of a micro-batch's hidden states before they are needed."""
         if self.stage.first:
             return None
-        return self.mesh.pp.start_receive(self._hidden_buffer(mb, queries), self.mesh.at.pp - 1)
+        return self.mesh.pp.start_receive(self._hidden_buffer(rows, queries), self.mesh.at.pp - 1)
 
     def _send(self, x: Tensor) -> None:
         self._sent.append((self.mesh.pp.start_send(x, self.mesh.at.pp + 1), x))

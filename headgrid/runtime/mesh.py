@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from headgrid.layout.layout import Axis as AxisName
-from headgrid.layout.layout import Layout
+from headgrid.layout.layout import Coordinates, Layout
 from headgrid.runtime.collectives import Axis, Observer
 
 
@@ -36,24 +37,50 @@ class GroupPool:
         return Axis(name, mine, self.rank, self._groups.get((channel, mine)))
 
 
+@dataclass(frozen=True, slots=True)
+class StageAxes:
+    """What one stage needs to compute: its place, and the axes that share a layer."""
+
+    rank: int
+    at: Coordinates
+    tp: Axis
+    tp_slice: Axis
+
+
 class Mesh:
-    """The axes of one layout, seen from one rank: `tp_slice`, `tp` (both tp axes together), `pp`, `pp_back`."""
+    """The axes of one layout, seen from one rank: `tp_head`, `tp_slice`, `tp` (both together), `pp`, `pp_back`."""
 
     def __init__(self, layout: Layout, pool: GroupPool) -> None:
         """Create or share the groups; collective over all ranks of the default group."""
         self.layout, self.rank = layout, pool.rank
         self.at = layout.coordinates(pool.rank)
         names: tuple[AxisName, ...] = ("tp_slice", "tp", "pp")
+        if layout.weights == "gathered":  # only there do head groups reduce among themselves
+            names = (*names, "tp_head")
         axes = {name: pool.axis(name, layout.axis_ranks(name)) for name in names}
         # Tokens flow back on a communicator of their own: on a shared one, a token that waits behind the next
         # hidden state, and that hidden state behind the token, could block each other.
         self.pp_back = pool.axis("pp_back", layout.axis_ranks("pp"), channel="back")
         self.tp_slice, self.tp, self.pp = axes["tp_slice"], axes["tp"], axes["pp"]
+        self.tp_head = axes.get("tp_head")
+
+    @property
+    def stage(self) -> StageAxes:
+        """The axes of a stage whose weights stay where they are."""
+        return StageAxes(self.rank, self.at, self.tp, self.tp_slice)
+
+    @property
+    def stage_over_heads(self) -> StageAxes:
+        """The axes of a stage whose slices have been gathered: head groups share a layer, there are no slices."""
+        assert self.tp_head is not None
+        at = Coordinates(self.at.dp, self.at.pp, self.at.head_group, 0)
+        return StageAxes(self.rank, at, self.tp_head, Axis("none", (self.rank,), self.rank, None))
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """All axes."""
-        return self.tp_slice, self.tp, self.pp, self.pp_back
+        found = (self.tp_slice, self.tp, self.pp, self.pp_back, self.tp_head)
+        return tuple(axis for axis in found if axis is not None)
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:

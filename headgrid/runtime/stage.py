@@ -7,6 +7,7 @@ The residual x [b, s, D] is whole on every rank of a stage. Each half of a layer
 With output `concat` the heads' outputs are all-gathered instead, W_O is owned by columns, and these are all-gathered.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headgrid.layout.batching import MicroBatch, owned_rows
+from headgrid.layout.batching import MicroBatch
 from headgrid.layout.layout import Layout
-from headgrid.layout.shards import head_shards, parameters, qk_channels, stage_layers
-from headgrid.layout.span import Span, balanced
+from headgrid.layout.shards import head_shards, parameters, stage_layers
+from headgrid.layout.span import Span, Spans, balanced, indices
 from headgrid.runtime import attention
 from headgrid.runtime.attention import Position
 from headgrid.runtime.cache import KVCache
 from headgrid.runtime.exchange import EXCHANGES, Slices
-from headgrid.runtime.mesh import Mesh
+from headgrid.runtime.mesh import StageAxes
 from headgrid.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
@@ -65,7 +66,17 @@ def _stacked(shapes: list[tuple[int, ...]], names: list[str], shards: dict, get:
     return whole
 
 
-def _layer(weights: Weights, index: int) -> Layer:
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Tables cos and sin [max_positions, 1, pairs] for consecutive channels of a head, pairs (c, c + w/2) of w."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def layer_weights(weights: Weights, index: int) -> Layer:
+    """The weights of layer `index` (global), by their names."""
+
     def linear(name: str) -> tuple[Tensor, Tensor | None]:
         return weights[f"layers.{index}.{name}.weight"], weights.get(f"layers.{index}.{name}.bias")
 
@@ -97,34 +108,40 @@ class Stage:
     """The layers of one pipeline stage on one rank, with the weights, the KV cache and the mesh they use."""
 
     def __init__(
-        self, model: ModelSpec, layout: Layout, mesh: Mesh, weights: Weights, cache: KVCache, batch: int
+        self, model: ModelSpec, layout: Layout, mesh: StageAxes, weights: Weights, cache: KVCache, owned: Span
     ) -> None:
-        """`weights` as from `load`; `cache` with the shape of `layout.memory.cache_shape` for this `batch`."""
+        """`weights` as from `load`; `cache` with the shape of `layout.memory.cache_shape` for the rows `owned`."""
         self.model, self.layout, self.mesh, self.weights, self.cache = model, layout, mesh, weights, cache
         self.first, self.last = mesh.at.pp == 0, mesh.at.pp == layout.pp - 1
-        layers = stage_layers(model, layout)[mesh.at.pp]
-        self.layers = [_layer(weights, index) for index in range(layers.start, layers.stop)]
         owners = head_shards(model, layout)
         own = owners[layout.tp_index(mesh.at)]
         group = owners[mesh.at.head_group * layout.num_dim_slices :][: layout.num_dim_slices]
         widths = tuple(o.qk_width for o in group), tuple(len(o.v_channels) for o in group)
         self.slices = Slices(len(own.heads), len(own.kv_heads), *widths, mesh.at.slice)
         self.out_widths = [len(o.heads) * len(o.v_channels) for o in owners]
-        self.owned = owned_rows(layout, batch, mesh.rank)
+        self.owned = owned
         self.vocab = balanced(model.vocab_size, layout.tp)
+        units = [len(span) for span in balanced(model.mlp_hidden_size, layout.tp)]
+        self.units = units[mesh.at.head_group * layout.num_dim_slices :][: layout.num_dim_slices]
         self.scale = 1 / math.sqrt(model.head_dim)
-        self.dtype, self.device = self.layers[0].qkv[0].dtype, self.layers[0].qkv[0].device
-        self._no_bias = self.layers[0].up[0].new_zeros(len(self.layers[0].up[0]))
-        self.cos, self.sin = self._rotary_tables() if model.positions == "rotary" else (None, None)
+        some = next(iter(weights.values()))
+        self.dtype, self.device = some.dtype, some.device
+        self._no_bias = some.new_zeros(0)
+        self.rotations = [self.rotation(own.qk_channels)] if model.positions == "rotary" else []
 
-    def _rotary_tables(self) -> tuple[Tensor, Tensor]:
-        """cos, sin [max_positions, 1, pairs] of this slice's channel pairs."""
+    @functools.cached_property
+    def layers(self) -> list[Layer]:
+        """The weights of each layer of this stage, as they are stored."""
+        layers = stage_layers(self.model, self.layout)[self.mesh.at.pp]
+        return [layer_weights(self.weights, index) for index in range(layers.start, layers.stop)]
+
+    def rotation(self, channels: Spans) -> Rotation:
+        """The rotary tables of a slice that holds these channels of every head: whole pairs, first halves first."""
         half = self.model.head_dim // 2
-        pairs = qk_channels(self.model, self.layout.num_dim_slices)[self.mesh.at.slice]
-        mine = torch.tensor([c for span in pairs for c in range(span.start, span.stop) if c < half])
+        mine = torch.tensor([c for c in indices(channels) if c < half])
         turns = self.model.rope_theta ** (-mine.double() / half)
         angles = torch.arange(self.model.max_positions).double()[:, None, None] * turns
-        return tuple(f(angles).to(self.device, self.dtype) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+        return Rotation(*(f(angles).to(self.device, self.dtype) for f in (torch.cos, torch.sin)))
 
     def forward(self, x: Tensor, micro_batch: MicroBatch, position: Position | None) -> Tensor:
         """One micro-batch through this stage.
@@ -136,16 +153,23 @@ class Stage:
         if self.first:
             x = self._embed(x, position)
         for index, layer in enumerate(self.layers):
-            x += self._attention(layer, index, x, micro_batch, position)
-            x += self._mlp(layer, x)
+            self.apply(layer, index, x, micro_batch, position)
         return self._logits(x) if self.last else x
+
+    def apply(self, layer: Layer, index: int, x: Tensor, micro_batch: MicroBatch, position: Position | None) -> None:
+        """Both halves of the stage's layer number `index`, added to the residual x [b, s, D] in place."""
+        x += self._attention(layer, index, x, micro_batch, position)
+        x += self._mlp(layer, x)
 
     def _embed(self, tokens: Tensor, position: Position | None) -> Tensor:
         """Rows of the vocabulary that this rank owns, zero elsewhere, summed over the ranks: [b, s, D]."""
-        own = self.vocab[self.mesh.tp.index]
+        return self.embed(tokens, self.weights["embedding.weight"], self.vocab[self.mesh.tp.index], position)
+
+    def embed(self, tokens: Tensor, table: Tensor, own: Span, position: Position | None) -> Tensor:
+        """Token ids [b, s] to [b, s, D], summed over the tp axis; `table` [len(own), D] holds the ids `own`."""
         local = tokens - own.start
         outside = (local < 0) | (local >= len(own))
-        x = F.embedding(local.masked_fill_(outside, 0), self.weights["embedding.weight"])
+        x = F.embedding(local.masked_fill_(outside, 0), table)
         if self.mesh.tp.size > 1:
             x.masked_fill_(outside[..., None], 0)
         x = self.mesh.tp.all_reduce(x)
@@ -180,11 +204,11 @@ class Stage:
 
     def _rotate(self, projections: Tensor, position: Position | None) -> None:
         """Give Q and K of this slice their rotary positions, in place; nothing for learned positions."""
-        if self.cos is not None and self.sin is not None:
-            length = projections.shape[1]
-            tables = self._at(self.cos, length, position), self._at(self.sin, length, position)
-            for part in self.slices.split(projections, self.slices.index)[:2]:
-                rotate(part, *tables)
+        widths = [2 * rotation.cos.shape[-1] for rotation in self.rotations]
+        for part in self.slices.split(projections, self.slices.index)[:2] if self.rotations else ():
+            for rotation, channels in zip(self.rotations, part.split(widths, dim=-1), strict=True):
+                length = projections.shape[1]
+                rotate(channels, self._at(rotation.cos, length, position), self._at(rotation.sin, length, position))
 
     def _attend(self, index: int, rows: Span, q: Tensor, k: Tensor, v: Tensor, position: Position | None) -> Tensor:
         """Store K and V of these cache rows, then attend: in prefill to what was just computed, else to the cache."""
@@ -229,7 +253,8 @@ class Stage:
         kernel of its own, and nearer to the exact value).
         """
         if x.is_cuda and self.model.activation == "gelu_tanh":
-            bias = self._no_bias if bias is None else bias
+            if bias is None:
+                bias = self._no_bias = self._no_bias if len(self._no_bias) == len(weight) else x.new_zeros(len(weight))
             return torch.ops.aten._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(
                 0, x.shape[:2]
             )
@@ -238,7 +263,14 @@ class Stage:
 
     def _logits(self, x: Tensor) -> Tensor:
         """x [b, s, D] -> logits of the last position [b, vocab_size], whole on every rank of the stage."""
-        last = self._norm(x[:, -1], (self.weights["final.norm.weight"], self.weights["final.norm.bias"]))
+        return self.head(self.final_norm(x))
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The last position, normalised: [b, s, D] -> [b, D]."""
+        return self._norm(x[:, -1], (self.weights["final.norm.weight"], self.weights["final.norm.bias"]))
+
+    def head(self, last: Tensor) -> Tensor:
+        """Normalised hidden states [b, D] -> logits [b, vocab_size], whole on every rank of the stage."""
         tied = self.model.tied_embeddings
         local = F.linear(last, self.weights["embedding.weight" if tied else "head.weight"])
         return self._concat(local, [len(span) for span in self.vocab])

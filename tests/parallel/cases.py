@@ -33,6 +33,15 @@ SINGLE = {
     8: ("tp8", "tp4pp2", "n1m8:gather", "n1m8:batch", "n1m4dp2:batch", "n1m2pp2dp2:batch+concat"),
     16: ("n2m4pp2:batch", "n4m2pp2:gather+concat", "n4m2dp2:batch", "n2m2pp4:gather", "n2m2dp4:batch", "n1m16:gather"),
 }
+# Weights gathered for prefill; the same slices, stationary, in decode.
+GATHERED = {
+    2: ("n1m2",),
+    3: ("n1m3",),
+    4: ("n2m2", "n2m2", "n2m2", "n1m4", "n1m2pp2", "n1m2dp2"),
+    6: ("n2m3", "n3m2", "n1m3pp2"),
+    8: ("n2m4", "n4m2", "n2m2pp2", "n2m2dp2"),
+    16: ("n4m4", "n2m4pp2"),
+}
 # Shapes that people have (query heads, KV heads, head dim): the first that heads alone do not divide, the last with
 # more ranks than KV heads, which tensor parallelism can only run by copying KV heads.
 NAMED = (
@@ -71,7 +80,7 @@ def layouts(ranks: int) -> list[str]:
     """The layouts of this world size, one for each case."""
     pairs = [f"{exchange}+{output}" for exchange in EXCHANGES for output in OUTPUTS]
     both = [f"{degrees}:{pair}" for degrees, n in BOTH[ranks].items() for pair in pairs for _ in range(n)]
-    return both + list(SINGLE[ranks])
+    return both + list(SINGLE[ranks]) + [f"{degrees}:batch+gathered" for degrees in GATHERED[ranks]]
 
 
 def _heads(rng: random.Random, layout: Layout, position: int) -> tuple[int, int, int]:
@@ -109,7 +118,8 @@ def draw_model(rng: random.Random, layout: Layout, heads: tuple[int, int, int], 
 
 def draw_workload(rng: random.Random, layout: Layout) -> Workload:
     """A few sequences, often fewer than slices or stages; sometimes two a call, so that calls are many."""
-    batch = max(layout.dp, rng.choice((1, 2, 3, 4, 5, 7) if layout.ranks < 16 and layout.pp == 1 else (1, 2, 3, 5)))
+    least = layout.dp * (layout.num_dim_slices if layout.weights == "gathered" and layout.pp > 1 else 1)
+    batch = max(least, rng.choice((1, 2, 3, 4, 5, 7) if layout.ranks < 16 and layout.pp == 1 else (1, 2, 3, 5)))
     seq = rng.randint(8, 12)
     chunk = rng.choice((2 * seq, 3 * seq, 16_384) if layout.ranks < 16 else (16_384,))
     return Workload(batch=batch, seq=seq, decode_steps=STEPS, dtype="float64", chunk_tokens=chunk)
@@ -172,6 +182,7 @@ CORRUPTED = (
     ("tp2pp2", 1, 2),
     ("tp4pp2", 6, 2),
     ("n2m2pp2:batch", 3, 2),
+    ("n2m2:batch+gathered", 1, 2),
 )
 
 
@@ -206,6 +217,8 @@ MEASURED = (
     "n2m2:gather+concat",
     "n2m2:batch",
     "n2m2:batch+concat",
+    "n2m2:batch+gathered",
+    "n1m4:batch+gathered",
     "tp2pp2",
     "dp4",
 )

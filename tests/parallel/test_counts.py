@@ -35,6 +35,11 @@ PROPERTIES = {
     "exchange gather": lambda c: c.layout.exchange == "gather",
     "exchange batch": lambda c: c.layout.exchange == "batch",
     "output concat": lambda c: c.layout.output == "concat",
+    "gathered weights": lambda c: c.layout.weights == "gathered",
+    "gathered weights in a pipeline": lambda c: c.layout.weights == "gathered" and c.layout.pp > 1,
+    "gathered weights, uneven slices": lambda c: (
+        c.layout.weights == "gathered" and c.model.head_dim % c.layout.num_dim_slices > 0
+    ),
     "tensor parallel": lambda c: c.layout.num_head_groups > 1 == c.layout.num_dim_slices,
     "KV heads copied": lambda c: c.layout.num_head_groups > c.model.num_kv_heads,
     "pipeline": lambda c: c.layout.pp > 1,

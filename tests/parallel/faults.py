@@ -15,6 +15,7 @@ from headgrid.runtime import attention, stage
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.engine import Engine
 from headgrid.runtime.exchange import Slices
+from headgrid.runtime.stage import Rotation, Stage
 
 Alter = Callable[[Engine], None]
 VICTIM = 1  # head group 0, slice 1: the rank at fault where one is enough
@@ -81,7 +82,12 @@ def _torn_pairs(case: Case, rank: int) -> Iterator[None]:
     def contiguous(model: object, num_slices: int) -> tuple[shards.Spans, ...]:
         return tuple((span,) for span in balanced(case.model.head_dim, num_slices))
 
-    with patch.object(shards, "qk_channels", contiguous):
+    whole_pairs, tables = shards.qk_channels, Stage.rotation
+
+    def of_whole_pairs(self: Stage, channels: object) -> Rotation:
+        return tables(self, whole_pairs(case.model, case.layout.num_dim_slices)[self.mesh.at.slice])
+
+    with patch.object(shards, "qk_channels", contiguous), patch.object(Stage, "rotation", of_whole_pairs):
         yield
 
 
@@ -90,8 +96,8 @@ def _reversed_frequencies(case: Case, rank: int) -> Iterator[Alter]:
     """One rank turns its pairs by the angles of others."""
 
     def alter(engine: Engine) -> None:
-        assert engine.stage.cos is not None and engine.stage.sin is not None
-        engine.stage.cos, engine.stage.sin = (x.flip(-1) for x in (engine.stage.cos, engine.stage.sin))
+        (rotation,) = engine.stage.rotations
+        engine.stage.rotations = [Rotation(rotation.cos.flip(-1), rotation.sin.flip(-1))]
 
     yield alter if rank == VICTIM else _nothing
 

@@ -25,6 +25,8 @@ def every_layout(ranks: int) -> list[Layout]:
                     dp = ranks // (n * m * pp)
                     options = {"exchange": exchange, "output": output}
                     found.append(Layout(num_head_groups=n, num_dim_slices=m, pp=pp, dp=dp, **options))  # type: ignore
+                    if (exchange, output) == ("batch", "reduce"):
+                        found.append(replace(found[-1], weights="gathered"))
     return found
 
 
@@ -54,7 +56,12 @@ def test_check_accepts_exactly_what_is_legal(name: str, spec: ModelSpec) -> None
 @models
 def test_every_legal_layout_has_a_workload_that_it_runs(name: str, spec: ModelSpec) -> None:
     for layout in legal_pairs(spec)[::5]:
-        check(spec, layout, Workload(batch=layout.dp, seq=spec.max_positions - 1, decode_steps=1), layout.ranks)
+        check(
+            spec,
+            layout,
+            Workload(batch=layout.dp * layout.num_dim_slices, seq=spec.max_positions - 1, decode_steps=1),
+            layout.ranks,
+        )
 
 
 def test_any_number_of_ranks_can_share_a_layer() -> None:

@@ -99,6 +99,7 @@ def compare(
     from headgrid.runtime import launch
 
     console = _console(as_json)
+    joined = launch.joined_by_torchrun()
     if resume is None:
         wishes = plan.Wishes(
             model=model,
@@ -114,14 +115,17 @@ def compare(
             text=text,
             device=device,
             seed=seed,
+            started_ranks=launch.torchrun_rank()[1] if joined else None,
         )
         design, notes = plan.make(wishes)
         for note in notes:
             console.print(escape(note), style="yellow")
         backend, open_run = design.backend, lambda: folder.create(design, machine.environment(), out)
     else:
-        backend, open_run = folder.open_run(resume)[0].backend, lambda: resume
-    if launch.joined_by_torchrun():
+        backend, open_run = machine.backend(device), lambda: resume
+        if not joined:
+            plan.recheck(folder.open_run(resume)[0])
+    if joined:
         run = runner.carry_out_joined(backend, open_run)
         if run is None:
             return
@@ -152,7 +156,9 @@ def _raise_if_failed(summary: dict[str, Any]) -> None:
     if failed or not summary["negative_control_rejected"]:
         raise VerificationFailed(
             f"not verified: {', '.join(failed) or 'the negative control was not rejected'}",
-            why="; ".join(summary["warnings"][:2]),
+            why="; ".join(
+                sorted({arm["verify"]["reason"] for arm in summary["arms"] if (arm["verify"] or {}).get("reason")})
+            ),
         )
 
 
@@ -253,6 +259,8 @@ def layouts(
     from headgrid.spec.workload import Workload
 
     spec = find_model(model)
+    if decode_steps >= spec.max_positions:
+        raise InvalidInput(f"{decode_steps} decode steps, but {model} has {spec.max_positions} positions")
     sizes: dict[str, Any] = {"batch": batch, "seq": min(seq, spec.max_positions - decode_steps)}
     workload = Workload(**sizes, decode_steps=decode_steps, dtype=dtype)  # pyright: ignore[reportArgumentType]
     if layout is not None:
@@ -272,7 +280,7 @@ def layouts(
         raise InvalidInput(f"no layout of {model} uses {ranks} ranks with {batch} sequences")
     title = f"{model}: {spec.num_heads} heads, {spec.num_kv_heads} KV heads x {spec.head_dim}; {ranks} ranks; "
     title += f"batch {batch} x {workload.seq} + {decode_steps}, {dtype}; GiB on the fullest rank"
-    mib = [
+    gib = [
         (
             name,
             *(
@@ -282,7 +290,7 @@ def layouts(
         )
         for name, m in rows
     ]
-    _print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), mib)
+    _print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), gib)
     if as_json:
         keys = (
             "parameters_bytes",

@@ -12,13 +12,19 @@ from typing import Any, Literal
 from headgrid import __version__
 from headgrid.errors import InvalidInput, InvalidLayout
 from headgrid.experiment.text import Text
+from headgrid.layout.batching import owned_rows
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, divisors, is_legal
+from headgrid.layout.span import balanced
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
 Role = Literal["baseline", "aa", "arm"]
 Device = Literal["cpu", "cuda"]
+
+
+SENSITIVE = 0.10
+"""A negative control that moves the logits by less proves nothing about a model, and then no arm is called verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,20 @@ def from_dict(data: dict[str, Any]) -> Design:
     return design
 
 
+def rows_to_verify(design: Design, launch: int) -> list[int]:
+    """Sequences to verify: as many as the protocol says, and at least one that each owner of cache rows computes."""
+    draw = random.Random(f"{design.protocol.seed}/{launch}")
+    batch = design.workload.batch
+    wanted = min(design.protocol.verify_sequences, batch)
+    chosen = {draw.randrange(part.start, part.stop) for part in balanced(batch, wanted)}
+    for layout in design.layouts:
+        owners = {owned_rows(layout, batch, rank) for rank in range(layout.ranks)}
+        for rows in sorted(owners):
+            if len(rows) and not any(rows.start <= row < rows.stop for row in chosen):
+                chosen.add(draw.randrange(rows.start, rows.stop))
+    return sorted(chosen)
+
+
 def random_order(arms: int, protocol: Protocol) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """order[launch][block]: a permutation of the arms for every block, warm-up blocks first, fixed by the seed."""
     draw = random.Random(protocol.seed)
@@ -135,10 +155,10 @@ def _grid(model: ModelSpec, ranks: int) -> tuple[int, int] | None:
 def default_arms(model: ModelSpec, ranks: int) -> tuple[str, ...]:
     """The baseline tp(P/2)pp2, the seed as written, the same grid with all-to-all, tp P and dp P, where legal."""
     grid = _grid(model, ranks)
-    names = [f"tp{ranks // 2}pp2" if ranks > 2 else "pp2"] if ranks % 2 == 0 else []
+    names = [f"tp{ranks // 2}pp2" if ranks > 2 else "pp2"] if ranks % 2 == 0 else [f"dp{ranks}"]
     if grid:
         names += [f"n{grid[0]}m{grid[1]}:gather+concat", f"n{grid[0]}m{grid[1]}:batch"]
-    names += [f"tp{ranks}", f"dp{ranks}"]
+    names = list(dict.fromkeys([*names, f"tp{ranks}", f"dp{ranks}"]))
     return tuple(name for name in names if is_legal(model, parse_layout(name)))
 
 

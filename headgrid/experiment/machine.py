@@ -1,5 +1,6 @@
 """What this machine is and has: devices, free memory, versions. Read before any rank starts; uses no GPU memory."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -43,6 +44,22 @@ def look(ranks: int | None, device: Device | None) -> Machine:
         count = ranks or 16
         return Machine("cpu", count, psutil.virtual_memory().available // count)
     return Machine("cuda", gpus, min((row["memory_free_bytes"] for row in gpu_rows()), default=0))
+
+
+def backend(device: str | None) -> str:
+    """What ranks of this host communicate with, before a design says it."""
+    import torch
+
+    return "nccl" if torch.cuda.device_count() and device != "cpu" else "gloo"
+
+
+def source_sha256() -> str:
+    """Hash of headgrid's own source files: ties a run to a state of the code where there is no checkout."""
+    digest, package = hashlib.sha256(), Path(__file__).parent.parent
+    for path in sorted(package.rglob("*")):
+        if path.suffix in (".py", ".toml", ".j2"):
+            digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def gpu_rows() -> list[dict[str, Any]]:
@@ -103,6 +120,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpu_rows(),
         "environment": machine_environment(),
         "git": _git(),
+        "source_sha256": source_sha256(),
     }
 
 

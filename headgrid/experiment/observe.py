@@ -15,7 +15,10 @@ from headgrid.runtime.meter import LiveBytes
 
 
 class CollectiveTimer:
-    """Times every collective from issue to completion: on the host, or with events on CUDA's current stream."""
+    """Times collectives from issue to completion, on the host or with events on CUDA's current stream.
+
+    Those that overlap with computing get no time: between issue and wait lies other work.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """`device` is where the collectives' tensors are."""
@@ -43,12 +46,13 @@ class CollectiveTimer:
         if self._cuda:
             torch.cuda.synchronize()
         rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"calls": 0, "bytes_per_rank": 0, "time_s": 0.0})
+        seconds = (lambda start, end: start.elapsed_time(end) / 1e3) if self._cuda else (lambda start, end: end - start)
         for issued, start, end in self._spans:
             where = "layer" if _as_collective(issued) in of_layers else "ends"
             row = rows[f"{issued.kind}/{issued.axis}/{where}"]
             row["calls"] += 1
             row["bytes_per_rank"] += issued.bytes
-            row["time_s"] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
+            row["time_s"] = None if issued.overlapped else row["time_s"] + seconds(start, end)
         return dict(rows)
 
 
@@ -65,7 +69,7 @@ def merge_totals(per_rank: list[dict[str, dict[str, Any]]]) -> list[dict[str, An
     """One row for each kind, axis and place: the figures of the rank that spent most time in it."""
     rows: list[dict[str, Any]] = []
     for key in sorted({key for totals in per_rank for key in totals}):
-        slowest = max((totals[key] for totals in per_rank if key in totals), key=lambda row: row["time_s"])
+        slowest = max((totals[key] for totals in per_rank if key in totals), key=lambda row: row["time_s"] or 0.0)
         kind, axis, where = key.split("/")
         rows.append({"collective": kind, "axis": axis, "per_layer": where == "layer"} | slowest)
     return rows

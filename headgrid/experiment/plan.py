@@ -40,6 +40,8 @@ class Wishes:
     text: str = "pydoc_data.topics"
     device: str | None = None
     seed: int = 0
+    started_ranks: int | None = None
+    """Ranks that a launcher has already started, on this host and perhaps on others."""
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -68,20 +70,26 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     """The design, and what had to be decided that the user should know. Raises before any process starts."""
     if wishes.device not in (None, "cpu", "cuda"):
         raise InvalidInput(f"device {wishes.device!r} is not known", legal=("cpu", "cuda"))
-    machine = look(wishes.ranks, wishes.device)  # type: ignore[arg-type]
+    if wishes.dtype == "float64":
+        raise InvalidInput("float64 is the reference's own dtype", legal=("float32", "float16", "bfloat16"))
+    machine = look(wishes.started_ranks or wishes.ranks, wishes.device)  # type: ignore[arg-type]
     ranks = _ranks(wishes, machine)
     default = _DEFAULTS[machine.device]
     model = find_model(wishes.model or default["model"])
     arms = wishes.arms if wishes.arms is not None else default_arms(model, ranks)
     if wishes.arms is None and machine.device == "cuda":
         arms += gathered_arms(model, ranks)
+    notes: list[str] = []
+    if wishes.arms is None and wishes.batch is not None:
+        few = [arm for arm in arms if parse_layout(arm).dp > wishes.batch]
+        arms = tuple(arm for arm in arms if arm not in few)
+        notes += [f"without {arm}: {wishes.batch} sequences are too few for its replicas" for arm in few]
     if not arms:
         raise InvalidInput("no arms to compare", legal=("--arms tp8pp2,n4m4:batch",))
     workload = _workload(wishes, default, model)
     layouts = list(dict.fromkeys(map(parse_layout, arms)))
     for layout in (*layouts, parse_layout(control_layout(model, ranks))):
         check(model, layout, workload, ranks)
-    notes: list[str] = []
     if wishes.batch is None:
         fits = budget.largest_batch(model, layouts, workload, machine.device, machine.free_bytes, workload.batch)
         if 0 < fits < workload.batch:
@@ -100,11 +108,29 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     return design, notes
 
 
+def recheck(design: Design) -> None:
+    """Raise what `make` would raise if a resumed design does not fit this machine, before any process starts."""
+    machine = look(design.ranks, design.device)
+    _ranks(Wishes(ranks=design.ranks), machine)
+    budget.ensure_fits(design.model, design.layouts, design.workload, design.device, machine.free_bytes)
+
+
 def _ranks(wishes: Wishes, machine: Machine) -> int:
-    ranks = wishes.ranks or machine.num_devices
+    if wishes.started_ranks is not None:
+        if wishes.ranks not in (None, wishes.started_ranks):
+            raise InvalidInput(
+                f"--ranks {wishes.ranks}, but the launcher started {wishes.started_ranks}",
+                legal=(f"--ranks {wishes.started_ranks}", "no --ranks"),
+            )
+        if (wishes.launches or 1) > 1:
+            raise InvalidInput(
+                f"--launches {wishes.launches} needs fresh processes, and the launcher started these once",
+                legal=("--launches 1", "without the launcher"),
+            )
+    ranks = wishes.ranks or wishes.started_ranks or machine.num_devices
     if machine.device == "cuda" and not machine.num_devices:
         raise NotAvailable("there is no CUDA GPU on this host", legal=("--device cpu",))
-    if machine.device == "cuda" and ranks > machine.num_devices:
+    if machine.device == "cuda" and wishes.started_ranks is None and ranks > machine.num_devices:
         raise NotAvailable(
             f"{ranks} ranks need {ranks} GPUs and there are {machine.num_devices}",
             legal=(f"--ranks {machine.num_devices}", "--device cpu"),

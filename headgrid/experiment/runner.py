@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headgrid.errors import InvalidInput
 from headgrid.experiment.design import Design
 from headgrid.experiment.folder import open_run
-from headgrid.experiment.journal import read
 from headgrid.runtime import launch
 
 TARGET = "headgrid.experiment.worker:run_launch"
@@ -24,9 +24,18 @@ class Progress:
     latest: str
 
 
-def done_blocks(records: list[dict[str, Any]], index: int) -> list[tuple[int, str]]:
-    """The (block, arm) pairs of launch `index` that the journal holds."""
-    return [(r["block"], r["arm"]) for r in records if r["kind"] == "block" and r["launch"] == index]
+def done_blocks(records: list[dict[str, Any]], index: int) -> list[int]:
+    """The timed blocks of launch `index` that ran all verified arms in the same processes.
+
+    A block that was cut is done again: half of it in other processes would not be a pair. Warm-up always is.
+    """
+    mine = [record for record in records if record["launch"] == index]
+    verified = {record["arm"] for record in mine if record["kind"] == "verify" and record["verified"]}
+    arms: dict[tuple[int, int], set[str]] = {}
+    for record in mine:
+        if record["kind"] == "block" and not record["warmup"]:
+            arms.setdefault((record["block"], record["attempt"]), set()).add(record["arm"])
+    return sorted({block for (block, _), found in arms.items() if found >= verified})
 
 
 def finished_launches(records: list[dict[str, Any]]) -> set[int]:
@@ -53,6 +62,8 @@ def carry_out_joined(backend: str, open_folder: Callable[[], Path]) -> Path | No
     rank, _ = launch.torchrun_rank()
     with launch.joined(backend):
         folder = open_folder() if rank == 0 else None
+        if folder is not None and (design := open_run(folder)[0]).backend != backend:
+            raise InvalidInput(f"the run in {folder} needs {design.backend}, these ranks have {backend}")
         payload = json.loads(launch.share_text(json.dumps(_next_payload(folder) if folder else None)))
         if payload is not None:
             launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend))
@@ -71,7 +82,8 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
         "design": design.to_dict(),
         "folder": str(folder.resolve()),
         "launch": index,
-        "done": [list(pair) for pair in done_blocks(records, index)],
+        "done": done_blocks(records, index),
+        "attempt": sum(record["kind"] == "launch" and record["launch"] == index for record in records),
         "started": time.time(),
     }
 
@@ -89,9 +101,10 @@ class _Watch:
         size = self._path.stat().st_size
         if size != self._size:
             self._size = size
-            records = read(self._path)
-            latest = describe(records[-1]) if records else "starting ranks"
-            self._report(Progress(min(len(records), self._total), self._total, latest))
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            whole = lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+            latest = describe(json.loads(whole[-1])) if whole else "starting ranks"
+            self._report(Progress(min(len(whole), self._total), self._total, latest))
 
 
 def describe(record: dict[str, Any]) -> str:

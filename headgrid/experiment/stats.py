@@ -10,18 +10,25 @@ docs/run-folder.md; a block's time is the slowest rank's; warm-up blocks never e
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Record = Mapping[str, Any]
-Phase = Literal["prefill", "decode"]
+from headgrid.experiment import cautions
+from headgrid.experiment.records import (
+    MIN_LAUNCHES,
+    BlockKey,
+    Phase,
+    Record,
+    Times,
+    block_times,
+    is_complete,
+    is_verified,
+    last_of,
+    of_kind,
+)
+
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-
-MIN_LAUNCHES = 5
-"""Launches from which on an interval is over launches and thus speaks about another launch, too."""
-MIN_SENSITIVITY = 0.1
-"""The negative control must move the logits by more, or the model cannot tell right from wrong (DESIGN.md, 7)."""
 
 UNIT_LAUNCH = "launch"
 UNIT_BLOCK = "block within this launch"
@@ -33,16 +40,6 @@ SEED_LABEL = (
 MEMORY_PARTS = ("parameters", "kv_cache", "activations_peak", "communication_buffer")
 
 
-class BlockKey(NamedTuple):
-    """Arms that ran in the same block share this key."""
-
-    launch: int
-    block: int
-
-
-Times = Mapping[BlockKey, float]
-
-
 class Estimate(NamedTuple):
     """Mean of n units, their SD, and the 95 % t interval of the mean; None where the units do not suffice."""
 
@@ -51,34 +48,6 @@ class Estimate(NamedTuple):
     ci95: tuple[float, float] | None
     n: int
     unit: str
-
-
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
-def block_times(records: Iterable[Record], arm: str, phase: Phase) -> dict[BlockKey, float]:
-    """Seconds of each timed block of `arm`: the slowest rank's. Blocks without a time from every rank are left out."""
-    times: dict[BlockKey, float] = {}
-    for record in _of_kind(records, "block", arm):
-        ranks: list[Any] = record.get(f"{phase}_s") or [None]
-        usable = all(seconds is not None and math.isfinite(seconds) and seconds > 0 for seconds in ranks)
-        if usable and not record.get("warmup"):
-            times.setdefault(BlockKey(record["launch"], record["block"]), max(ranks))
-    return times
-
-
-def _of_kind(records: Iterable[Record], kind: str, arm: str | None = None) -> Iterator[Record]:
-    return (record for record in records if record["kind"] == kind and (arm is None or record["arm"] == arm))
-
-
-def _last(records: Iterable[Record]) -> Record | None:
-    return next(iter(list(records)[-1:]), None)
-
-
-def is_verified(records: Sequence[Record], arm: str) -> bool:
-    """Whether the arm was checked against the reference at least once and passed every time."""
-    verdicts = [record["verified"] is True for record in _of_kind(records, "verify", arm)]
-    return bool(verdicts) and all(verdicts)
 
 
 # --- estimates -------------------------------------------------------------------------------------------------------
@@ -199,7 +168,7 @@ def _memory(ranks: Sequence[Mapping[str, Any]] | None) -> dict[str, int | None] 
     """Bytes of each part on the rank that has most of it; `total` is the largest sum of one rank."""
     if not ranks:
         return None
-    rows = [[rank.get(f"{part}_bytes") for part in MEMORY_PARTS] for rank in ranks]
+    rows: list[list[Any]] = [[rank.get(f"{part}_bytes") for part in MEMORY_PARTS] for rank in ranks]
     rows = [[*row, None if None in row else sum(row)] for row in rows]
     columns = zip((*MEMORY_PARTS, "total"), zip(*rows, strict=True), strict=True)
     return {part: _known(max, column) for part, column in columns}
@@ -212,7 +181,7 @@ def _known(choose: Callable[[list[Any]], Any], values: Iterable[Any]) -> Any:
 
 
 def _memory_of(records: Sequence[Record], arm: str) -> dict[str, Any]:
-    every = list(_of_kind(records, "memory", arm))
+    every = list(of_kind(records, "memory", arm))
     last = every[-1] if every else None
     return {
         "memory_bytes": _memory([rank for record in every for rank in record["per_rank"]]),
@@ -223,7 +192,7 @@ def _memory_of(records: Sequence[Record], arm: str) -> dict[str, Any]:
 
 def _traffic(records: Sequence[Record], arm: str, timed: bool) -> list[dict[str, Any]]:
     """The rows of the last traffic record of each phase, without their times where the arm may not show any."""
-    last = {record["phase"]: record for record in _of_kind(records, "traffic", arm)}
+    last = {record["phase"]: record for record in of_kind(records, "traffic", arm)}
     return [
         {"phase": phase, **op, "time_s": op["time_s"] if timed else None, "as_predicted": last[phase]["as_predicted"]}
         for phase in PHASES
@@ -235,7 +204,7 @@ def _traffic(records: Sequence[Record], arm: str, timed: bool) -> list[dict[str,
 def relative_error(records: Iterable[Record], arm: str) -> float | None:
     """The largest relative L2 error of the arm over all phases and launches; None if any of them is unknown."""
     errors = [
-        phase["relative_error"] for record in _of_kind(records, "verify", arm) for phase in record["phases"].values()
+        phase["relative_error"] for record in of_kind(records, "verify", arm) for phase in record["phases"].values()
     ]
     return _known(max, errors) if errors else None
 
@@ -243,7 +212,7 @@ def relative_error(records: Iterable[Record], arm: str) -> float | None:
 def _arm(design: Mapping[str, Any], records: Sequence[Record], arm: Mapping[str, str]) -> dict[str, Any]:
     label = arm["label"]
     verified = is_verified(records, label)
-    check = _last(_of_kind(records, "verify", label))
+    check = last_of(of_kind(records, "verify", label))
     times = {phase: block_times(records, label, phase) if verified else {} for phase in PHASES}
     return {
         **{key: arm[key] for key in ("label", "layout", "role")},
@@ -318,7 +287,7 @@ def _reproducibility(records: Sequence[Record], arm: str) -> dict[str, Any]:
 
 def _control(records: Sequence[Record]) -> dict[str, Any] | None:
     """The negative control at its weakest: it has to be rejected in every launch, and move the logits in every one."""
-    controls = list(_of_kind(records, "control"))
+    controls = list(of_kind(records, "control"))
     if not controls:
         return None
     return {
@@ -327,115 +296,6 @@ def _control(records: Sequence[Record]) -> dict[str, Any] | None:
         "relative_error": _known(min, (record["relative_error"] for record in controls)),
         "sensitivity": _known(min, (record["sensitivity"] for record in controls)),
     }
-
-
-# --- what a reader must know first -----------------------------------------------------------------------------------
-
-
-def cpu_warning(ranks: int, cores: int | None = None) -> str:
-    """The sentence that every result from a CPU carries."""
-    host = f"{cores} cores" if cores else "this host's cores"
-    return f"Times of {ranks} ranks on {host} say nothing about GPUs; the accuracy, the bytes and the memory do."
-
-
-def missing_blocks(design: Mapping[str, Any], records: Sequence[Record]) -> tuple[int, int]:
-    """How many timed blocks of verified arms the journal lacks, and how many the design asks for."""
-    labels = [arm["label"] for arm in design["arms"] if is_verified(records, arm["label"])]
-    asked = len(labels) * design["launches"] * design["blocks"]
-    there = sum(
-        len(block_times(records, label, "prefill").keys() & block_times(records, label, "decode").keys())
-        for label in labels
-    )
-    return max(0, asked - there), asked
-
-
-def is_complete(design: Mapping[str, Any], records: Sequence[Record]) -> bool:
-    """Whether the run said that it ended, every arm was checked, and no block of a verified arm is missing."""
-    end = _last(_of_kind(records, "end"))
-    checked = {record["arm"] for record in _of_kind(records, "verify")}
-    every_arm = all(arm["label"] in checked for arm in design["arms"])
-    return end is not None and end["completed"] is True and every_arm and missing_blocks(design, records)[0] == 0
-
-
-def _accuracy_warnings(summary: Mapping[str, Any]) -> Iterator[str]:
-    for arm in summary["arms"]:
-        if not arm["verified"]:
-            check = arm["verify"] or {"reason": "it was not checked"}
-            reason = check["reason"] or "a check in an earlier launch failed"
-            yield f"{arm['label']} is not verified ({reason}); its times are withheld."
-        if any(row["as_predicted"] is False for row in arm["traffic"]):
-            yield f"{arm['label']} moved other bytes than its layout predicts."
-    control = summary["control"]
-    if control is None:
-        yield "No negative control was run, so nothing shows that the accuracy check can fail."
-    elif not control["rejected"]:
-        yield "The negative control passed the accuracy check: no verdict on accuracy in this run can be trusted."
-    elif (control["sensitivity"] or 0.0) <= MIN_SENSITIVITY:
-        yield "The model is not sensitive enough: the negative control moves its logits by 10 % or less."
-
-
-def _noise_warnings(design: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
-    twins = {arm["label"] for arm in design["arms"] if arm["role"] == "aa"}
-    if not twins:
-        yield "No A/A arm was run, so this machine's own false differences are unknown."
-    for row in summary["comparisons"]:
-        if row["a"] not in twins or row["ci95"] is None:
-            continue
-        low, high = row["ci95"]
-        if not low <= 1 <= high:
-            yield (
-                f"In {row['phase']} this machine called two copies of the same arm different (ratio {row['ratio']:.3f},"
-                f" 95 % interval {low:.3f} to {high:.3f}): differences of this size between arms mean nothing."
-            )
-        elif row["verdict"] != "equivalent":
-            yield (
-                f"In {row['phase']} this machine cannot resolve the margin of {design['margin']:.1%}: two copies of the"
-                f" same arm differ by anything from {low - 1:+.1%} to {high - 1:+.1%}."
-            )
-
-
-def _replication_warnings(records: Sequence[Record], summary: Mapping[str, Any]) -> Iterator[str]:
-    launches = len({record["launch"] for record in _of_kind(records, "block") if not record.get("warmup")})
-    if 0 < launches < MIN_LAUNCHES:
-        yield (
-            f"With {launches} of the {MIN_LAUNCHES} launches that are needed, the intervals describe only what was"
-            " launched; another launch may differ by more."
-        )
-    if any(row["ratio"] is not None and row["ci95"] is None for row in summary["comparisons"]):
-        yield "Where there is only one block there is no interval, and the verdict is inconclusive whatever the ratio."
-
-
-def _identity_warnings(design: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
-    launches = list(_of_kind(records, "launch"))
-    if any(record["design_hash"] != design["hash"] for record in launches):
-        yield "A launch ran another design than the one in this folder."
-    for key, what in (("input_sha256", "inputs"), ("weights_sha256", "weights"), ("device_names", "devices")):
-        if len({str(record.get(key)) for record in launches}) > 1:
-            yield f"The launches had different {what}."
-
-
-def _completeness_warnings(design: Mapping[str, Any], records: Sequence[Record], complete: bool) -> Iterator[str]:
-    triples = [
-        (record["launch"], record["block"], record["arm"])
-        for record in _of_kind(records, "block")
-        if not record.get("warmup")
-    ]
-    if len(triples) != len(set(triples)):
-        yield "Some blocks are in the journal twice; the first of each is used."
-    if complete:
-        return
-    missing, asked = missing_blocks(design, records)
-    yield "The run is incomplete" + (f": {missing} of {asked} timed blocks are missing." if missing else ".")
-
-
-def _warnings(design: Mapping[str, Any], records: Sequence[Record], summary: Mapping[str, Any]) -> list[str]:
-    warnings = [cpu_warning(design["ranks"])] if design["device"] == "cpu" else []
-    warnings += _completeness_warnings(design, records, summary["complete"])
-    warnings += _accuracy_warnings(summary)
-    warnings += _identity_warnings(design, records)
-    warnings += _noise_warnings(design, summary)
-    warnings += _replication_warnings(records, summary)
-    return warnings
 
 
 # --- everything ------------------------------------------------------------------------------------------------------
@@ -459,5 +319,5 @@ def summarise(design: Mapping[str, Any], records: Sequence[Record]) -> dict[str,
         "reproducibility": [_reproducibility(records, arm["label"]) for arm in design["arms"]],
         "complete": is_complete(design, records),
     }
-    summary["warnings"] = _warnings(design, records, summary)
+    summary["warnings"] = cautions.warnings(design, records, summary)
     return summary

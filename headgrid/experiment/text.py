@@ -34,7 +34,22 @@ def read(source: str) -> bytes:
 
 def identify(source: str) -> Text:
     """The text's identity. Raises InvalidInput if it cannot be read."""
-    return Text(source, hashlib.sha256(read(source)).hexdigest())
+    data = read(source)
+    name = source if source == BUILTIN else str(Path(source).resolve())
+    return Text(name, hashlib.sha256(data).hexdigest())
+
+
+def read_identified(text: Text) -> bytes:
+    """The bytes that `text` names. Raises InvalidInput if they are no longer the ones it was identified by."""
+    data = read(text.source)
+    found = hashlib.sha256(data).hexdigest()
+    if found != text.sha256:
+        raise InvalidInput(
+            f"text {text.source!r} is not the one that the design declares",
+            numbers=f"SHA-256 {found[:12]}, declared {text.sha256[:12]}",
+            why="it was changed, or this host has another version",
+        )
+    return data
 
 
 def token_rows(data: bytes, batch: int, seq: int) -> list[bytes]:

@@ -1,7 +1,8 @@
 """Predicted peak of activations: the largest set of tensors that a rank's prefill holds at any one moment.
 
 The tensors are those of `runtime.stage` and `runtime.exchange`, step by step, weights, cache and the engine's
-permanent buffers excluded. Letters as there: T tokens of the micro-batch, D hidden size, w and u the channels of a
+permanent buffers excluded. Where shards are of unequal size, the copies that an all-gather by all-to-all sends are
+not counted. Letters as there: T tokens of the micro-batch, D hidden size, w and u the channels of a
 Q/K head and of a V head in this slice, d those of whole heads.
 """
 
@@ -69,9 +70,11 @@ def _attend_bytes(call: _Call, qk_width: int, v_width: int) -> int:
     out = call.attended * heads * v_width * e
     if qk_width == v_width:
         return out + call.attended * heads * max(4, e)
-    copies = heads * call.seq * (qk_width + v_width) if heads != len(call.own.kv_heads) else 0
-    block = plain_rows(heads, call.seq, call.seq) * call.seq
-    return out + (copies + 2 * heads * block) * e
+    wide, grouped = max(4, e), heads != len(call.own.kv_heads)
+    rows = plain_rows(heads, call.seq, call.seq)
+    keys = heads * call.seq * (qk_width + v_width) * (wide if wide > e else e if grouped else 0)
+    queries = heads * rows * qk_width * (wide if wide > e else 0)
+    return out + keys + queries + 2 * heads * rows * call.seq * wide
 
 
 def _exchange_bytes(call: _Call) -> Iterator[int]:

@@ -2,7 +2,8 @@
 
 Rank (i, j) owns the query heads and KV heads of group i; of these, channels slice j of Q and K (whole RoPE pairs),
 channels slice j of V (contiguous), the matching columns of W_O, 1/P of the MLP's units and 1/P of the vocabulary.
-No matrix is stored twice, except that m = 1 with more ranks than KV heads copies KV heads, as vLLM does.
+No matrix is stored twice, with two exceptions: m = 1 with more ranks than KV heads copies KV heads, as vLLM does, and
+tied embeddings are on the first and on the last pipeline stage.
 """
 
 from dataclasses import dataclass

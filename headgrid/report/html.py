@@ -9,7 +9,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from headgrid.errors import InvalidInput
-from headgrid.experiment.stats import PHASES, Phase, Record, cpu_warning
+from headgrid.experiment.cautions import cpu_warning
+from headgrid.experiment.records import Phase, Record
+from headgrid.experiment.stats import PHASES
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
 from headgrid.report import format as fmt

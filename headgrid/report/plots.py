@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from headgrid.experiment.stats import Record, block_times
+from headgrid.experiment.records import Record, block_times
 from headgrid.report.format import NOT_MEASURED, duration, percent, ratio, significant
 from headgrid.report.svg import BAD, BAND, GOOD, INK, MUTED, PAPER, RULE, SERIES, inline
 

@@ -4,15 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headgrid.experiment.stats import (
-    MEMORY_PARTS,
-    PHASES,
-    SEED_LABEL,
-    BlockKey,
-    Phase,
-    Record,
-    block_times,
-)
+from headgrid.experiment.records import BlockKey, Phase, Record, block_times
+from headgrid.experiment.stats import MEMORY_PARTS, PHASES, SEED_LABEL
 from headgrid.report import format as fmt
 from headgrid.report.format import NOT_MEASURED
 
@@ -256,8 +249,9 @@ def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table:
     rows = [row for arm in _without_twins(summary) for row in _traffic_rows(arm, phase, layers.get(arm["layout"]))]
     whole = "one prefill of the whole batch" if phase == "prefill" else "one decode step"
     note = (
-        f"Calls, bytes and time are for {whole}. Times are those of the slowest rank in a separate, untimed pass with"
-        " nothing overlapped, so they include waiting and need not add up to a share of the times above."
+        f"Calls, bytes and time are for {whole}. Times are those of the slowest rank in a separate, untimed pass; they"
+        " include waiting for other ranks and need not add up to a share of the times above. Messages between stages"
+        " and weights gathered ahead travel while a rank computes: a time of their own was not measured."
     )
     return Table(f"Communication breakdown: {phase}", head, rows, note)
 

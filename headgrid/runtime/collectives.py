@@ -18,11 +18,15 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """One call: its kind, the name of its axis and the bytes this rank sends to others (`recv`: receives)."""
+    """One call: its kind, the name of its axis and the bytes this rank sends to others (`recv`: receives).
+
+    `overlapped` calls are waited for later than they are issued: the time between says nothing about them.
+    """
 
     kind: str
     axis: str
     bytes: int
+    overlapped: bool = False
 
 
 class Observer(Protocol):
@@ -48,8 +52,8 @@ class Axis:
         self.size, self.index = len(self.ranks), self.ranks.index(rank)
         self.observers: list[Observer] = []
 
-    def _issue(self, kind: str, size: int) -> Issued:
-        issued = Issued(kind, self.name, size)
+    def _issue(self, kind: str, size: int, *, overlapped: bool = False) -> Issued:
+        issued = Issued(kind, self.name, size, overlapped)
         for observer in self.observers:
             observer.before(issued)
         return issued
@@ -71,20 +75,25 @@ class Axis:
         """The parts of all ranks in axis order, flat: rank r contributes `sizes[r]` elements. `x` flat, contiguous."""
         if self.size == 1:
             return x
-        return self.start_all_gather(x, sizes).wait()
+        issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
+        out = x.new_empty(sum(sizes))
+        self._gather(out, x, sizes, async_op=False)
+        return self._done(issued, out)
 
     def start_all_gather(self, x: Tensor, sizes: Sequence[int]) -> "Receipt":
         """Begin `all_gather`; the result is there after `wait`. Leave `x` alone until then."""
-        issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
+        issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x), overlapped=True)
         out = x.new_empty(sum(sizes))
-        if len(set(sizes)) == 1:
-            work = _all_gather(out, x, group=self.group, async_op=True)
-        else:  # gloo refuses uneven all-gathers; its uneven all-to-all works
-            repeated = x.repeat(self.size)
-            splits = [x.numel()] * self.size
-            work = dist.all_to_all_single(out, repeated, list(sizes), splits, group=self.group, async_op=True)
+        work = self._gather(out, x, sizes, async_op=True)
         assert work is not None
         return Receipt(self, issued, work, out)
+
+    def _gather(self, out: Tensor, x: Tensor, sizes: Sequence[int], *, async_op: bool) -> dist.Work | None:
+        if len(set(sizes)) == 1:
+            return _all_gather(out, x, group=self.group, async_op=async_op)
+        # gloo refuses uneven all-gathers; its uneven all-to-all works
+        repeated, splits = x.repeat(self.size), [x.numel()] * self.size
+        return dist.all_to_all_single(out, repeated, list(sizes), splits, group=self.group, async_op=async_op)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """`send[r]` elements of flat `x` go to rank r; the `receive[r]` that come from it, in axis order, flat."""
@@ -97,7 +106,7 @@ class Axis:
 
     def start_send(self, x: Tensor, to: int) -> dist.Work:
         """Begin to send `x` to axis position `to`. Keep `x` unchanged until the work is waited for."""
-        issued = self._issue("send", _size_bytes(x))
+        issued = self._issue("send", _size_bytes(x), overlapped=True)
         self._done(issued, x)  # an observer that corrupts the payload must act before it leaves
         work = dist.isend(x, self.ranks[to], group=self.group)
         assert work is not None
@@ -105,7 +114,7 @@ class Axis:
 
     def start_receive(self, out: Tensor, source: int) -> "Receipt":
         """Begin to receive `out` from axis position `source`."""
-        issued = self._issue("recv", _size_bytes(out))
+        issued = self._issue("recv", _size_bytes(out), overlapped=True)
         work = dist.irecv(out, self.ranks[source], group=self.group)
         assert work is not None
         return Receipt(self, issued, work, out)

@@ -135,6 +135,7 @@ def _rank_main(rank: int, job: Job, folder: str) -> None:
         (Path(folder) / f"rank{rank}.error").write_text(json.dumps({"block": error.block(), "code": error.exit_code}))
         raise
     dist.destroy_process_group()
+    (Path(folder) / f"rank{rank}.done").touch()
 
 
 def _preload() -> Any:
@@ -170,7 +171,8 @@ def run(job: Job, *, on_poll: Callable[[], None] = lambda: None, log_to: Path | 
 
 
 def _raise_if_dead(ranks: list[Any], folder: Path, log_to: Path | None) -> None:
-    dead = [(r, process) for r, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+    ended = [(r, process) for r, process in enumerate(ranks) if process.exitcode is not None]
+    dead = [(r, p) for r, p in ended if p.exitcode or not (folder / f"rank{r}.done").exists()]
     if not dead:
         return
     time.sleep(0.2)  # a rank that fails pulls others down: let the first cause be written

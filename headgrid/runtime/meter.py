@@ -38,6 +38,11 @@ class LiveBytes(TorchDispatchMode):
         self.peak_bytes = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Without this torch loads its whole compiler in every rank, to keep it from compiling this class."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and account for its new storages."""
         kwargs = kwargs or {}

@@ -1,0 +1,95 @@
+"""What a reader must know before quoting a figure: sentences, made from the record alone."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from headgrid.experiment.design import SENSITIVE
+from headgrid.experiment.records import MIN_LAUNCHES, Record, latest_attempts, missing_blocks, of_kind
+
+
+def cpu_warning(ranks: int, cores: int | None = None) -> str:
+    """The sentence that every result from a CPU carries."""
+    host = f"{cores} cores" if cores else "this host's cores"
+    return f"Times of {ranks} ranks on {host} say nothing about GPUs; the accuracy, the bytes and the memory do."
+
+
+def _accuracy_warnings(summary: Mapping[str, Any]) -> Iterator[str]:
+    for arm in summary["arms"]:
+        if not arm["verified"]:
+            check = arm["verify"] or {"reason": "it was not checked"}
+            reason = check["reason"] or "a check in an earlier launch failed"
+            yield f"{arm['label']} is not verified ({reason}); its times are withheld."
+        if any(row["as_predicted"] is False for row in arm["traffic"]):
+            yield f"{arm['label']} moved other bytes than its layout predicts."
+    control = summary["control"]
+    if control is None:
+        yield "No negative control was run, so nothing shows that the accuracy check can fail."
+    elif not control["rejected"]:
+        yield "The negative control passed the accuracy check: no verdict on accuracy in this run can be trusted."
+    elif (control["sensitivity"] or 0.0) <= SENSITIVE:
+        yield "The model is not sensitive enough: the negative control moves its logits by 10 % or less."
+
+
+def _noise_warnings(design: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
+    twins = {arm["label"] for arm in design["arms"] if arm["role"] == "aa"}
+    if not twins:
+        yield "No A/A arm was run, so this machine's own false differences are unknown."
+    for row in summary["comparisons"]:
+        if row["a"] not in twins or row["ci95"] is None:
+            continue
+        low, high = row["ci95"]
+        if not low <= 1 <= high:
+            yield (
+                f"In {row['phase']} this machine called two copies of the same arm different (ratio {row['ratio']:.3f},"
+                f" 95 % interval {low:.3f} to {high:.3f}): differences of this size between arms mean nothing."
+            )
+        elif row["verdict"] != "equivalent":
+            yield (
+                f"In {row['phase']} this machine cannot resolve the margin of {design['margin']:.1%}: two copies of the"
+                f" same arm differ by anything from {low - 1:+.1%} to {high - 1:+.1%}."
+            )
+
+
+def _replication_warnings(records: Sequence[Record], summary: Mapping[str, Any]) -> Iterator[str]:
+    launches = len({record["launch"] for record in of_kind(records, "block") if not record.get("warmup")})
+    if 0 < launches < MIN_LAUNCHES:
+        yield (
+            f"With {launches} of the {MIN_LAUNCHES} launches that are needed, the intervals describe only what was"
+            " launched; another launch may differ by more."
+        )
+    if any(row["ratio"] is not None and row["ci95"] is None for row in summary["comparisons"]):
+        yield "Where there is only one block there is no interval, and the verdict is inconclusive whatever the ratio."
+
+
+def _identity_warnings(design: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
+    launches = list(of_kind(records, "launch"))
+    if any(record["design_hash"] != design["hash"] for record in launches):
+        yield "A launch ran another design than the one in this folder."
+    for key, what in (("input_sha256", "inputs"), ("weights_sha256", "weights"), ("device_names", "devices")):
+        if len({str(record.get(key)) for record in launches}) > 1:
+            yield f"The launches had different {what}."
+
+
+def _completeness_warnings(design: Mapping[str, Any], records: Sequence[Record], complete: bool) -> Iterator[str]:
+    triples = [
+        (record["launch"], record["block"], record["arm"])
+        for record in of_kind(latest_attempts(records), "block")
+        if not record.get("warmup")
+    ]
+    if len(triples) != len(set(triples)):
+        yield "Some blocks are in the journal twice; the first of each is used."
+    if complete:
+        return
+    missing, asked = missing_blocks(design, records)
+    yield "The run is incomplete" + (f": {missing} of {asked} timed blocks are missing." if missing else ".")
+
+
+def warnings(design: Mapping[str, Any], records: Sequence[Record], summary: Mapping[str, Any]) -> list[str]:
+    """All of them, the gravest first."""
+    warnings = [cpu_warning(design["ranks"])] if design["device"] == "cpu" else []
+    warnings += _completeness_warnings(design, records, summary["complete"])
+    warnings += _accuracy_warnings(summary)
+    warnings += _identity_warnings(design, records)
+    warnings += _noise_warnings(design, summary)
+    warnings += _replication_warnings(records, summary)
+    return warnings

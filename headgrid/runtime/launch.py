@@ -181,9 +181,9 @@ def _raise_if_dead(ranks: list[Any], folder: Path, log_to: Path | None) -> None:
         if error.exists():
             found = json.loads(error.read_text())
             raise _Reported(found["block"], found["code"])
-    by_signal = [(r, p) for r, p in dead if p.exitcode < 0]
-    r, process = (by_signal or dead)[0]
+    r, process = min(dead, key=lambda found: found[1].exitcode)  # killed, or gone without a word, before who lost it
     how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with code {process.exitcode}"
+    how += " before its work was done" if not process.exitcode else ""
     tail = _tail(folder / f"rank{r}.log")
     raise RankDied(
         f"rank {r} of {len(ranks)} {how}",

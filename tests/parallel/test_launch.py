@@ -77,7 +77,7 @@ def test_every_rank_runs_the_target_and_its_output_is_kept(
     [
         ("raise_in_rank_1", ["rank 1 of 4", "ZeroDivisionError: the cause that must be told"]),
         ("kill_rank_2", ["rank 2 of 4 was killed by signal 9"]),
-        ("exit_in_rank_0", ["of 4 ended with code 1"]),  # the others lose it; which of them is told is chance
+        ("exit_in_rank_0", ["rank 0 of 4 ended with code 0 before its work was done"]),
     ],
 )
 def test_a_rank_that_dies_is_named_and_ends_the_others(

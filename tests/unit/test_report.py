@@ -1,7 +1,6 @@
 """The report: complete, truthful about what is unknown, inert whatever the labels are, and readable by a browser."""
 
 import html
-import json
 import re
 import shutil
 import subprocess
@@ -394,12 +393,3 @@ def test_the_browser_test_can_fail(tmp_path: Path) -> None:
     assert any("Content Security Policy" in line for line in browse(path, tmp_path)[1])
     path.write_text("<!DOCTYPE html><img src='http://127.0.0.1:9/pixel.png'>", encoding="utf-8")
     assert browse(path, tmp_path)[2]
-
-
-def test_summary_survives_json() -> None:
-    """A report made from summary.json equals one made from the summary in memory."""
-    design = make_design(launches=1, blocks=2)
-    records = make_records(design)
-    summary = summarise(design, records)
-    documents = json.loads(json.dumps([design, make_env(), records, summary], allow_nan=False))
-    assert render(*documents) == render(design, make_env(), records, summary)

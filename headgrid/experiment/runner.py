@@ -94,7 +94,7 @@ class _Watch:
     def __init__(self, folder: Path, design: Design, report: Callable[[Progress], None]) -> None:
         self._path, self._report, self._size = folder / "journal.jsonl", report, -1
         protocol, arms = design.protocol, len(design.arms)
-        pipelines = sum(parse.pp > 1 for parse in design.layouts)
+        pipelines = sum(layout.pp > 1 for layout in design.layouts)
         self._total = protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
 
     def __call__(self) -> None:

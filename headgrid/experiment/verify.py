@@ -47,7 +47,7 @@ class Oracle:
 
     def __init__(self, model: ModelSpec, seed: int, dtype: torch.dtype, device: torch.device, prompts: Tensor) -> None:
         """`prompts` [n, seq] are the sequences to verify."""
-        self.prompts, self.steps = prompts, 0
+        self.prompts = prompts
         shards = parameters(model, Layout(), 0)
 
         def whole(name: str) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from headgrid.layout.batching import MicroBatch, chunks, prefill_micro_batches, replica_rows
+from headgrid.layout.batching import attended_rows, chunks, prefill_micro_batches, replica_rows
 from headgrid.layout.layout import Coordinates, Layout
 from headgrid.layout.shards import HeadShard, head_shard, parameters, stage_layers
 from headgrid.layout.span import balanced, total
@@ -131,14 +131,10 @@ def _calls(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> I
     units = len(balanced(model.mlp_hidden_size, layout.tp)[index])
     columns = len(balanced(model.hidden_size, layout.tp)[index])
     for mb in prefill_micro_batches(layout, workload, at.dp):
-        tokens, attended = mb.size * workload.seq, _attended(layout, mb, at.slice) * workload.seq
+        tokens, attended = mb.size * workload.seq, attended_rows(layout, mb, at.slice) * workload.seq
         yield _Call(
             model, layout, own, tokens, attended, workload.seq, tokens * units, tokens * columns, workload.element_bytes
         )
-
-
-def _attended(layout: Layout, micro_batch: MicroBatch, index: int) -> int:
-    return len(micro_batch.parts[index]) if layout.exchange == "batch" else micro_batch.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,11 @@ class MicroBatch:
         return indices(self.parts)
 
 
+def attended_rows(layout: Layout, micro_batch: MicroBatch, slice_index: int) -> int:
+    """Sequences of a micro-batch whose attention a slice computes: its own part with `batch`, else all."""
+    return len(micro_batch.parts[slice_index]) if layout.exchange == "batch" else micro_batch.size
+
+
 def replica_rows(layout: Layout, batch: int) -> Spans:
     """Rows of the global batch for each of the dp replicas."""
     return balanced(batch, layout.dp)

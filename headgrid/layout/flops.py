@@ -1,9 +1,8 @@
 """Predicted floating-point operations: a multiplication and an addition for each term of a matrix product."""
 
-from headgrid.layout.batching import MicroBatch, decode_micro_batches, prefill_micro_batches
+from headgrid.layout.batching import attended_rows, decode_micro_batches, prefill_micro_batches
 from headgrid.layout.layout import Coordinates, Layout
 from headgrid.layout.shards import head_shard, parameters
-from headgrid.layout.span import total
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -27,23 +26,18 @@ def _attention(model: ModelSpec, layout: Layout, rank: int, rows: int, queries: 
     return 2 * rows * len(own.heads) * queries * keys * (qk + v)
 
 
-def _attended_rows(layout: Layout, rank: int, micro_batch: MicroBatch) -> int:
-    parts = micro_batch.parts
-    return len(parts[layout.coordinates(rank).slice]) if layout.exchange == "batch" else total(parts)
-
-
 def _layers(model: ModelSpec, layout: Layout, rank: int) -> int:
     return sum(name.endswith("attention.q.weight") for name in parameters(model, layout, rank))
 
 
 def prefill_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
     """Operations that `rank` issues in one prefill of the batch, the upper half of the causal square included."""
-    per_token, head = _linears(model, layout, rank)
-    flops = 0
     if layout.weights == "gathered":
         return _gathered_flops(model, layout, workload, rank)
+    per_token, head = _linears(model, layout, rank)
+    flops = 0
     for mb in prefill_micro_batches(layout, workload, layout.coordinates(rank).dp):
-        rows = _attended_rows(layout, rank, mb)
+        rows = attended_rows(layout, mb, layout.coordinates(rank).slice)
         flops += 2 * per_token * mb.size * workload.seq + 2 * head * mb.size
         flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, workload.seq, workload.seq)
     return flops
@@ -56,7 +50,7 @@ def _gathered_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: 
     per_token = sum(_linears(model, layout, peer)[0] for peer in peers)
     head, flops = _linears(model, layout, rank)[1], 0
     for mb in prefill_micro_batches(layout, workload, at.dp):
-        rows = _attended_rows(layout, rank, mb)
+        rows = attended_rows(layout, mb, layout.coordinates(rank).slice)
         flops += 2 * per_token * rows * workload.seq + 2 * head * mb.size
         flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, workload.seq, workload.seq)
     return flops
@@ -67,7 +61,7 @@ def decode_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int
     per_token, head = _linears(model, layout, rank)
     flops = 0
     for mb in decode_micro_batches(layout, workload, layout.coordinates(rank).dp):
-        rows = _attended_rows(layout, rank, mb)
+        rows = attended_rows(layout, mb, layout.coordinates(rank).slice)
         flops += 2 * (per_token + head) * mb.size
         flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, 1, keys)
     return flops

@@ -23,33 +23,43 @@ def _copies_kv(model: ModelSpec, layout: Layout) -> bool:
     return layout.num_dim_slices == 1 and n > k and n % k == 0 and model.num_heads % n == 0
 
 
-def check(model: ModelSpec, layout: Layout, workload: Workload | None = None, ranks: int | None = None) -> None:
-    """Raise InvalidLayout with the numbers and the legal alternatives if this combination cannot run."""
-    names = f"{model.name}: {model.num_heads} heads, {model.num_kv_heads} KV heads, head_dim {model.head_dim}"
-    n, m, total = layout.num_head_groups, layout.num_dim_slices, ranks or layout.ranks
-    legal = [str(other) for other in legal_layouts(model, total)]
-    command = f"headgrid layouts --model {model.name} --ranks {total}"
-
-    def refuse(what: str, why: str) -> None:
-        raise InvalidLayout(f"{layout}: {what}", numbers=names, why=why, legal=legal, command=command)
-
-    if ranks is not None and layout.ranks != ranks:
-        product = f"dp {layout.dp} x pp {layout.pp} x n {n} x m {m} = {layout.ranks}"
-        refuse(f"needs {layout.ranks} ranks, not {ranks}", product)
+def _problem(model: ModelSpec, layout: Layout) -> tuple[str, str] | None:
+    """What keeps this layout from running this model, and why; None if nothing does."""
+    n, m = layout.num_head_groups, layout.num_dim_slices
     if model.num_kv_heads % n and not _copies_kv(model, layout):
-        refuse(
+        remainder = f"{model.num_kv_heads} % {n} = {model.num_kv_heads % n}"
+        return (
             f"{n} head groups cannot share {model.num_kv_heads} KV heads",
-            f"n must divide them ({model.num_kv_heads} % {n} = {model.num_kv_heads % n}); slices (m) take the rest",
+            f"n must divide them ({remainder}); slices (m) take the rest",
         )
     if m > max(1, model.head_dim // 2):
-        refuse(f"{m} slices of {model.head_dim} channels", "a slice holds at least one pair of channels")
+        return f"{m} slices of {model.head_dim} channels", "a slice holds at least one pair of channels"
     if layout.pp > model.num_layers:
-        refuse(f"{layout.pp} stages for {model.num_layers} layers", "a stage needs a layer")
-    for name, size in (("MLP units", model.mlp_hidden_size), ("vocabulary", model.vocab_size)):
+        return f"{layout.pp} stages for {model.num_layers} layers", "a stage needs a layer"
+    shared = {"(MLP units)": model.mlp_hidden_size, "(vocabulary)": model.vocab_size}
+    shared |= {"output columns": model.hidden_size} if layout.output == "concat" else {}
+    for name, size in shared.items():
         if layout.tp > size:
-            refuse(f"{layout.tp} ranks share {size} ({name})", "every rank owns at least one")
-    if layout.output == "concat" and layout.tp > model.hidden_size:
-        refuse(f"{layout.tp} ranks share {model.hidden_size} output columns", "every rank owns at least one")
+            return f"{layout.tp} ranks share {size} {name}", "every rank owns at least one"
+    return None
+
+
+def check(model: ModelSpec, layout: Layout, workload: Workload | None = None, ranks: int | None = None) -> None:
+    """Raise InvalidLayout with the numbers and the legal alternatives if this combination cannot run."""
+    if ranks is not None and layout.ranks != ranks:
+        degrees = f"dp {layout.dp} x pp {layout.pp} x n {layout.num_head_groups} x m {layout.num_dim_slices}"
+        problem = f"needs {layout.ranks} ranks, not {ranks}", f"{degrees} = {layout.ranks}"
+    else:
+        problem = _problem(model, layout)
+    if problem is not None:
+        total = ranks or layout.ranks
+        raise InvalidLayout(
+            f"{layout}: {problem[0]}",
+            numbers=f"{model.name}: {model.num_heads} heads, {model.num_kv_heads} KV heads, head_dim {model.head_dim}",
+            why=problem[1],
+            legal=[str(other) for other in legal_layouts(model, total)],
+            command=f"headgrid layouts --model {model.name} --ranks {total}",
+        )
     if workload is not None:
         _check_workload(model, layout, workload)
 
@@ -76,14 +86,7 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
 
 def is_legal(model: ModelSpec, layout: Layout) -> bool:
     """Whether `check` accepts the layout for some workload."""
-    n, m = layout.num_head_groups, layout.num_dim_slices
-    return (
-        (model.num_kv_heads % n == 0 or _copies_kv(model, layout))
-        and m <= max(1, model.head_dim // 2)
-        and layout.pp <= model.num_layers
-        and layout.tp <= min(model.mlp_hidden_size, model.vocab_size)
-        and (layout.output == "reduce" or layout.tp <= model.hidden_size)
-    )
+    return _problem(model, layout) is None
 
 
 def _all(ranks: int) -> Iterator[Layout]:

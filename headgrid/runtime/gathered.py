@@ -25,8 +25,6 @@ from headgrid.runtime.stage import Layer, Stage
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
-Linear = tuple[Tensor, Tensor | None]
-
 
 class GatheredPrefill:
     """Runs the prefill of a stage whose layout says `gathered`, on the weights and the cache of `stage`."""

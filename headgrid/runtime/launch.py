@@ -160,6 +160,7 @@ def run(job: Job, *, on_poll: Callable[[], None] = lambda: None, log_to: Path | 
             wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
             _raise_if_dead(ranks, folder, log_to)
             on_poll()
+        _raise_if_dead(ranks, folder, log_to)  # the last may have died since the loop looked
     finally:
         for process in ranks:
             if process.pid is not None:

@@ -41,7 +41,6 @@ class GroupPool:
 class StageAxes:
     """What one stage needs to compute: its place, and the axes that share a layer."""
 
-    rank: int
     at: Coordinates
     tp: Axis
     tp_slice: Axis
@@ -67,14 +66,14 @@ class Mesh:
     @property
     def stage(self) -> StageAxes:
         """The axes of a stage whose weights stay where they are."""
-        return StageAxes(self.rank, self.at, self.tp, self.tp_slice)
+        return StageAxes(self.at, self.tp, self.tp_slice)
 
     @property
     def stage_over_heads(self) -> StageAxes:
         """The axes of a stage whose slices have been gathered: head groups share a layer, there are no slices."""
         assert self.tp_head is not None
         at = Coordinates(self.at.dp, self.at.pp, self.at.head_group, 0)
-        return StageAxes(self.rank, at, self.tp_head, Axis("none", (self.rank,), self.rank, None))
+        return StageAxes(at, self.tp_head, Axis("none", (self.rank,), self.rank, None))
 
     @property
     def axes(self) -> tuple[Axis, ...]:

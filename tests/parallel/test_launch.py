@@ -167,3 +167,18 @@ def test_cases_of_a_launch_that_died_fail_with_the_ranks_error(prepared: None, t
     launch = Launch([case], tmp_path)
     with pytest.raises(pytest.fail.Exception, match="in case the case at fault: KeyError"):
         launch.outcomes(case)
+
+
+def test_ranks_that_all_die_between_two_looks_are_not_taken_for_done(
+    prepared: None, tmp_path: Path, own_temporary_folder: Path
+) -> None:
+    """The supervisor is away (a slow disk, say) while every rank ends: none is left to wait for, and none succeeded."""
+
+    def away() -> None:
+        (tmp_path / "away").touch()
+        wait_until(lambda: len(pids(tmp_path)) == RANKS and not any(map(alive, pids(tmp_path))), 30)
+        time.sleep(1)  # the fork server passes the exit codes on
+
+    with pytest.raises(RankDied, match="ended with code 3"):
+        run(job("die_together", tmp_path), on_poll=away)
+    assert_nothing_is_left(tmp_path, own_temporary_folder)

@@ -71,6 +71,9 @@ def compare(
     batch: Annotated[int | None, typer.Option(min=1, max=_LARGEST_BATCH, help="Sequences.")] = None,
     seq: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each sequence.")] = None,
     decode_steps: Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")] = None,
+    chunk_positions: Annotated[
+        int, typer.Option(min=0, help="Chunked prefill: at most so many positions of a prompt a call; 0 for all.")
+    ] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Measured blocks in each launch.")] = None,
     launches: Annotated[
@@ -90,7 +93,7 @@ def compare(
 
         headgrid compare
 
-        headgrid compare --ranks 4 --arms tp2pp2,n2m2:batch,dp4 --blocks 20
+        headgrid compare --ranks 4 --arms tp2pp2,n2m2:batch,n2m2:sequence+sharded,dp4 --blocks 20
 
         headgrid compare --resume runs/20261122-130000-compare-seed-small
     """
@@ -108,6 +111,7 @@ def compare(
             batch=batch,
             seq=seq,
             decode_steps=decode_steps,
+            chunk_positions=chunk_positions,
             dtype=dtype,
             blocks=blocks,
             launches=launches,

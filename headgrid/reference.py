@@ -41,7 +41,6 @@ class Reference:
         weight, bias = self._get(f"{name}.norm.weight"), self._get(f"{name}.norm.bias")
         return F.layer_norm(x, (self.model.hidden_size,), weight, bias, self.model.norm_eps)
 
-    @torch.no_grad()
     def logits(self, tokens: Tensor, last: int) -> Tensor:
         """Logits [b, last, vocab_size] of the last `last` positions of `tokens` [b, s] (int64)."""
         tokens = tokens.to(self.device)
@@ -54,45 +53,74 @@ class Reference:
         x = self._norm(x[:, -last:], "final")
         return F.linear(x, self._get("embedding.weight" if self.model.tied_embeddings else "head.weight"))
 
-    @torch.no_grad()
     def attention(self, layer: int, x: Tensor) -> Tensor:
         """The attention half of a layer: norm, projections, attention, output projection. x [b, s, D] -> same."""
         model, name = self.model, f"layers.{layer}.attention"
         h = self._norm(x, name)
         q, k, v = (self._linear(h, f"{name}.{part}").unflatten(-1, (-1, model.head_dim)) for part in "qkv")
+        if model.qk_norm:
+            q, k = self._rms_norm(q, f"{name}.q_norm"), self._rms_norm(k, f"{name}.k_norm")
         if model.positions == "rotary":
             q, k = self._rotate(q), self._rotate(k)
-        group = model.num_heads // model.num_kv_heads
+        group, window = model.num_heads // model.num_kv_heads, model.window(layer)
         head = self._fused_head if self.dtype.itemsize == 2 else self._head
-        heads = [head(q[:, :, h], k[:, :, h // group], v[:, :, h // group]) for h in range(model.num_heads)]
+        heads = [head(q[:, :, h], k[:, :, h // group], v[:, :, h // group], window) for h in range(model.num_heads)]
         return self._linear(torch.cat(heads, dim=-1), f"{name}.o")
 
-    def _fused_head(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _fused_head(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """One head by torch's own attention: what a plain 16-bit model does, whose scores are never rounded."""
+        if self.model.attn_logit_softcapping:  # torch's has no cap; fused kernels that do keep scores in fp32
+            return self._head(q.float(), k.float(), v.float(), window).to(self.dtype)
+        positions = torch.arange(q.shape[1], device=self.device)
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        special = not self.model.is_causal or window > 0
+        mask = ~self._hidden(positions, positions, window) if special else None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not special, scale=self._scale).squeeze(1)
 
-    def _head(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of one head, in blocks of queries: q, k, v [b, s, d] -> [b, s, d]."""
-        s = q.shape[1]
+    def _hidden(self, queries: Tensor, keys: Tensor, window: int) -> Tensor:
+        """Which keys a query must not see, by their positions: [queries, keys]."""
+        if not self.model.is_causal:
+            return torch.zeros(len(queries), len(keys), dtype=torch.bool, device=self.device)
+        hidden = keys > queries[:, None]
+        return hidden | (keys <= queries[:, None] - window) if window else hidden
+
+    @property
+    def _scale(self) -> float:
+        scale = self.model.attention_scale
+        return 1 / math.sqrt(self.model.head_dim) if scale is None else scale
+
+    def _head(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Attention of one head, in blocks of queries: q, k, v [b, s, d] -> [b, s, d]."""
+        s, cap = q.shape[1], self.model.attn_logit_softcapping
         rows = max(1, _SCORE_ELEMENTS // (q.shape[0] * s))
         keys = torch.arange(s, device=self.device)
         out: list[Tensor] = []
         for start in range(0, s, rows):
             queries = keys[start : start + rows]
-            scores = q[:, start : start + rows] @ k.transpose(1, 2) / math.sqrt(self.model.head_dim)
-            scores = scores.masked_fill(keys > queries[:, None], float("-inf"))
+            scores = q[:, start : start + rows] @ k.transpose(1, 2) * self._scale
+            if cap:
+                scores = cap * torch.tanh(scores / cap)
+            scores = scores.masked_fill(self._hidden(queries, keys, window), float("-inf"))
             out.append(torch.softmax(scores, dim=-1) @ v)
         return torch.cat(out, dim=1)
 
+    def _rms_norm(self, x: Tensor, name: str) -> Tensor:
+        """Each head divided by its root mean square (Zhang, Sennrich 2019), times a weight [d]. x [b, s, heads, d]."""
+        squares = x.float() if self.dtype.itemsize == 2 else x
+        size = torch.rsqrt(squares.pow(2).mean(-1, keepdim=True) + self.model.norm_eps)
+        return (squares * size).to(self.dtype) * self._get(f"{name}.weight")
+
     def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary positions (Su et al. 2021), pairs (c, c + d/2), angle position x theta^(-2c/d). x [b, s, heads, d]."""
-        half = self.model.head_dim // 2
+        """Rotary positions (Su et al. 2021), pairs (c, c + r/2) of the r channels that turn,
+        angle position x theta^(-2c/r). x [b, s, heads, d].
+        """
+        turned = self.model.rotary_dim or self.model.head_dim
+        half = turned // 2
         turns = self.model.rope_theta ** (-torch.arange(half, device=self.device).double() / half)
         angles = torch.arange(x.shape[1], device=self.device).double()[:, None, None] * turns
         cos, sin = torch.cos(angles).to(self.dtype), torch.sin(angles).to(self.dtype)
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        a, b, rest = x.split([half, half, self.model.head_dim - turned], dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         name = f"layers.{layer}.mlp"

@@ -33,6 +33,7 @@ class Wishes:
     batch: int | None = None
     seq: int | None = None
     decode_steps: int | None = None
+    chunk_positions: int = 0
     dtype: str | None = None
     blocks: int | None = None
     launches: int | None = None
@@ -76,6 +77,8 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     ranks = _ranks(wishes, machine)
     default = _DEFAULTS[machine.device]
     model = find_model(wishes.model or default["model"])
+    if not model.is_causal:
+        raise InvalidInput(f"{model.name} is bidirectional, and a comparison times decoding too")
     arms = wishes.arms if wishes.arms is not None else default_arms(model, ranks)
     if wishes.arms is None and machine.device == "cuda":
         arms += gathered_arms(model, ranks)
@@ -144,7 +147,7 @@ def _workload(wishes: Wishes, default: dict[str, Any], model: ModelSpec) -> Work
     sizes = {name: getattr(wishes, name) or default[name] for name in ("batch", "seq", "decode_steps", "dtype")}
     if wishes.seq is None:
         sizes["seq"] = min(sizes["seq"], model.max_positions - sizes["decode_steps"])
-    return Workload(**sizes)
+    return Workload(**sizes, chunk_positions=wishes.chunk_positions)
 
 
 def _protocol(wishes: Wishes, default: dict[str, Any], workload: Workload) -> Protocol:

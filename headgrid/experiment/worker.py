@@ -210,7 +210,7 @@ def _measure_memory(launch: Launch, engine: Engine) -> dict[str, Any]:
                 engine.prefill(launch.prompts)
     mine = {
         "parameters_bytes": sum(x.numel() * x.element_size() for x in engine.stage.weights.values()),
-        "kv_cache_bytes": engine.stage.cache.size_bytes,
+        "kv_cache_bytes": engine.cache.size_bytes,
         "activations_peak_bytes": meter.peak_bytes,
         "communication_buffer_bytes": recorder.largest_buffer_bytes,
     }

@@ -1,205 +1,310 @@
-"""Predicted peak of activations: the largest set of tensors that a rank's prefill holds at any one moment.
+"""Predicted peak of activations: the largest set of tensors that a rank's prefill holds at any one moment, and the
+largest one that a collective writes.
 
-The tensors are those of `runtime.stage` and `runtime.exchange`, step by step, weights, cache and the engine's
-permanent buffers excluded. Where shards are of unequal size, the copies that an all-gather by all-to-all sends are
-not counted. Letters as there: T tokens of the micro-batch, D hidden size, w and u the channels of a
-Q/K head and of a V head in this slice, d those of whole heads.
+The tensors are those of `runtime.stage`, step by step, weights, cache and the engine's permanent buffers excluded.
+Letters as in `held`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import lru_cache
+from typing import Any
 
-from headgrid.layout.batching import attended_rows, chunks, prefill_micro_batches, replica_rows
+from headgrid.layout.batching import Call, MicroBatch, attended_rows, pieces, prefill_calls, query_share, replica_rows
+from headgrid.layout.held import INDEX_BYTES, Shape, exchange_bytes, gathered, token_shares, turned_pairs
 from headgrid.layout.layout import Coordinates, Layout
-from headgrid.layout.shards import HeadShard, head_shard, parameters, stage_layers
-from headgrid.layout.span import balanced, total
+from headgrid.layout.shards import head_shard, head_shards, parameters, stage_layers
+from headgrid.layout.span import Span, balanced, total
+from headgrid.layout.traffic import over_heads
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
 _SENDS_IN_FLIGHT = 2
-_PLAIN_SCORES = 1 << 22
-_ID_BYTES = 8
 
 
-def plain_rows(heads: int, queries: int, keys: int) -> int:
-    """Queries whose scores the unfused CPU attention holds at a time: at most 4 Mi elements, at least one query."""
-    return max(1, min(queries, _PLAIN_SCORES // (heads * keys)))
+def _norm_bytes(shape: Shape, tokens: int) -> int:
+    """A layer norm: its result with mean and reciprocal deviation, or with a copy in the model's dtype."""
+    width, r = shape.model.hidden_size, shape.residual
+    weights, out, stats = 2 * width * r if r != shape.e else 0, tokens * width * r, 2 * tokens * max(4, r)
+    return weights + out + max(stats, tokens * width * shape.e if r != shape.e else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One micro-batch on one rank: elements (or bytes, where named so) of everything in its forward pass."""
-
-    model: ModelSpec
-    layout: Layout
-    own: HeadShard
-    tokens: int
-    attended: int
-    seq: int
-    mlp: int
-    columns: int
-    element_bytes: int
-    rotations: int = 1
-
-    @property
-    def hidden(self) -> int:
-        return self.tokens * self.model.hidden_size
-
-    @property
-    def q_and_k(self) -> int:
-        return (len(self.own.heads) + len(self.own.kv_heads)) * self.own.qk_width
-
-    @property
-    def projections(self) -> int:
-        return self.tokens * (self.q_and_k + len(self.own.kv_heads) * len(self.own.v_channels))
-
-    @property
-    def out(self) -> int:
-        return self.tokens * len(self.own.heads) * len(self.own.v_channels)
-
-    @property
-    def stats_bytes(self) -> int:
-        """Mean and reciprocal deviation that layer norm returns beside its result, in fp32 or wider."""
-        return 2 * self.tokens * max(4, self.element_bytes)
+def _enter_bytes(shape: Shape) -> int:
+    """Normed hidden states, and those of all tokens that are gathered from them."""
+    size = shape.own_tokens * shape.model.hidden_size * shape.e
+    if shape.layout.residual == "sharded":
+        width = shape.model.hidden_size * shape.e
+        size += gathered([tokens * width for tokens in token_shares(shape)], shape.tp_index)
+    return max(size, _norm_bytes(shape, shape.own_tokens))
 
 
-def _attend_bytes(call: _Call, qk_width: int, v_width: int) -> int:
-    """The result, and what computing it holds: the log-sum-exp of a fused kernel, or scores where there is none."""
-    heads, e = len(call.own.heads), call.element_bytes
-    out = call.attended * heads * v_width * e
-    if qk_width == v_width:
-        return out + call.attended * heads * max(4, e)
-    wide, grouped = max(4, e), heads != len(call.own.kv_heads)
-    rows = plain_rows(heads, call.seq, call.seq)
-    keys = heads * call.seq * (qk_width + v_width) * (wide if wide > e else e if grouped else 0)
-    queries = heads * rows * qk_width * (wide if wide > e else 0)
-    return out + keys + queries + 2 * heads * rows * call.seq * wide
+def _leave_bytes(shape: Shape) -> int:
+    """A product of all tokens, and the own tokens' share of its sum; uneven parts are received, then added up."""
+    if shape.layout.residual != "sharded":
+        return shape.whole_bytes
+    shares, mine = token_shares(shape), shape.own_tokens * shape.model.hidden_size
+    if len(set(shares)) == 1:
+        return shape.whole_bytes + mine * shape.e
+    copy = shape.e if shape.wide != shape.e else 0
+    return shape.whole_bytes + mine * (len(shares) * shape.e + shape.wide + copy)
 
 
-def _exchange_bytes(call: _Call) -> Iterator[int]:
-    """Beside the residual; the projections are held throughout."""
-    e, d, heads, kv = call.element_bytes, call.model.head_dim, len(call.own.heads), len(call.own.kv_heads)
-    projections, u = call.projections * e, len(call.own.v_channels)
-    if call.layout.exchange in ("none", "independent"):
-        yield projections + _attend_bytes(call, call.own.qk_width, u)
-    elif call.layout.exchange == "gather":
-        mine, whole = call.tokens * call.q_and_k * e, call.tokens * (heads + kv) * d * e
-        yield projections + mine + whole
-        yield projections + 2 * whole
-        yield projections + whole + _attend_bytes(call, d, u)
-    else:
-        rows, result = call.attended * (heads + 2 * kv) * d * e, call.attended * heads * d * e
-        yield projections + 2 * rows
-        yield projections + rows + _attend_bytes(call, d, d)
-        yield projections + 2 * result
-        yield projections + result + call.out * e
+def _embed_bytes(shape: Shape) -> int:
+    """The embedding of a call, its result included, beside the token ids."""
+    local, bools = shape.tokens * INDEX_BYTES, shape.tokens
+    own = shape.own_tokens * shape.model.hidden_size
+    sizes = [local + 3 * bools, local + bools + _leave_bytes(shape)]
+    if shape.residual != shape.e:
+        summed = own * shape.e if shape.layout.residual == "sharded" else 0
+        sizes.append(local + bools + shape.whole_bytes + summed + own * shape.residual)
+    if shape.model.positions == "learned":
+        sizes.append(local + bools + own * shape.residual + (shape.whole_bytes if shape.rows > 1 else 0))
+    return max(sizes)
 
 
-def _output_bytes(call: _Call) -> Iterator[int]:
-    e = call.element_bytes
-    if call.layout.output == "reduce" or call.layout.tp == 1:
-        yield (call.out + call.hidden) * e
+def _head_norm_bytes(shape: Shape) -> Iterator[int]:
+    """RMS norms of heads; the projections are held throughout."""
+    e, wide, held = shape.e, shape.wide, shape.projections_bytes
+    q, k = (shape.tokens * heads * shape.own.qk_width for heads in (shape.heads, shape.kv_heads))
+    q_sums, k_sums = shape.tokens * shape.heads * wide, shape.tokens * shape.kv_heads * wide
+    widened = wide if wide != e else 0
+    yield held + max(q * (wide + widened), q * wide + q_sums)
+    yield held + q_sums + max(k * (wide + widened), k * wide + k_sums)
+    sums = held + 3 * (q_sums + k_sums)
+    # x in fp32, times its size, back in the model's dtype, times the weight: two of these at a time
+    yield sums + q * (2 * wide if widened else 2 * e)
+    yield sums + q * e + k * (2 * wide if widened else 2 * e)
+    yield sums + (q + k) * e + shape.projections_bytes
+
+
+def _rotation_bytes(shape: Shape) -> int:
+    """Three products of half the turned channels at a time, in place; behind norms of heads in a copy."""
+    held = shape.projections_bytes * (2 if shape.model.qk_norm else 1)
+    return held + 3 * shape.tokens * shape.heads * shape.pairs * shape.e
+
+
+def _output_bytes(shape: Shape) -> Iterator[int]:
+    model, layout, e, out = shape.model, shape.layout, shape.e, shape.out_bytes
+    if layout.output == "reduce":
+        yield out + _leave_bytes(shape)
         return
-    heads = call.tokens * call.model.num_heads * call.model.head_dim
-    yield (call.out + 2 * heads) * e
-    yield (call.out + heads + call.columns) * e
-    yield (call.out + call.columns + 2 * call.hidden) * e
+    widths = [len(owner.heads) * len(owner.v_channels) for owner in head_shards(model, layout)]
+    columns = [len(span) for span in balanced(model.hidden_size, layout.tp)]
+    mine = shape.tokens * columns[shape.tp_index] * e
+    for beside, own, sizes in ((0, out, widths), (out, mine, columns)):
+        yield beside + own + _concat_bytes([shape.tokens * size * e for size in sizes], shape.tp_index)
+    yield out + shape.tokens * sum(widths) * e + mine
 
 
-def _rotation_bytes(call: _Call) -> int:
-    if call.model.positions != "rotary":
-        return 0
-    widest = max(len(call.own.heads), len(call.own.kv_heads)) * call.own.qk_width
-    return (call.projections + 3 * call.tokens * (widest // call.rotations) // 2) * call.element_bytes
+def _concat_bytes(sizes: list[int], index: int) -> int:
+    """An all-gather of columns and the copy that puts them side by side."""
+    return max(gathered(sizes, index), 2 * sum(sizes)) if len(sizes) > 1 else sum(sizes)
 
 
-def _steps_bytes(call: _Call) -> Iterator[int]:
+def _layer_bytes(shape: Shape) -> Iterator[int]:
     """Bytes held beside the residual at each step of a layer."""
-    e = call.element_bytes
-    yield call.hidden * e + call.stats_bytes
-    yield (call.hidden + call.projections) * e
-    yield _rotation_bytes(call)
-    yield from _exchange_bytes(call)
-    yield from _output_bytes(call)
-    yield (call.hidden + call.mlp) * e
+    yield _enter_bytes(shape)
+    yield shape.whole_bytes + shape.projections_bytes
+    if shape.model.qk_norm:
+        yield from _head_norm_bytes(shape)
+    yield _rotation_bytes(shape)
+    yield from exchange_bytes(shape)
+    yield from _output_bytes(shape)
+    units = shape.tokens * shape.units * shape.e
+    yield shape.whole_bytes + units
+    yield units + _leave_bytes(shape)
 
 
-def _calls(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[_Call]:
-    at = layout.coordinates(rank)
-    own, index = head_shard(model, layout, at.head_group, at.slice), layout.tp_index(at)
-    units = len(balanced(model.mlp_hidden_size, layout.tp)[index])
-    columns = len(balanced(model.hidden_size, layout.tp)[index])
-    for mb in prefill_micro_batches(layout, workload, at.dp):
-        tokens, attended = mb.size * workload.seq, attended_rows(layout, mb, at.slice) * workload.seq
-        yield _Call(
-            model, layout, own, tokens, attended, workload.seq, tokens * units, tokens * columns, workload.element_bytes
-        )
+def _steps_bytes(shape: Shape, windows: frozenset[int]) -> int:
+    """The most that a layer holds beside the residual, whatever its window."""
+    return max(max(_layer_bytes(replace(shape, window=window))) for window in windows)
+
+
+def _last_bytes(shape: Shape) -> int:
+    """Last tokens picked and normed."""
+    width, n = shape.model.hidden_size, shape.ending
+    picked = (
+        0 if n == shape.tokens and shape.layout.residual != "sharded" else n * (width * shape.residual + INDEX_BYTES)
+    )
+    more = n * width * shape.residual + INDEX_BYTES * n if shape.layout.residual == "sharded" else 0
+    return picked + max(more, _norm_bytes(shape, n))
+
+
+def _logits_bytes(model: ModelSpec, layout: Layout, index: int, rows: int, e: int) -> int:
+    """Normed last tokens, this rank's part of their logits, and whole logits."""
+    sizes = [rows * len(span) * e for span in balanced(model.vocab_size, layout.tp)]
+    return rows * model.hidden_size * e + sizes[index] + _concat_bytes(sizes, index)
+
+
+def _windows(model: ModelSpec, layout: Layout, rank: int) -> frozenset[int]:
+    """The different windows of the layers of a rank's stage."""
+    layers = stage_layers(model, layout)[layout.coordinates(rank).pp]
+    return frozenset(model.window(index) for index in range(layers.start, layers.stop))
+
+
+@lru_cache(maxsize=32)  # the same for every call of a prefill
+def _place(model: ModelSpec, layout: Layout, rank: int, e: int) -> Shape:
+    """What all calls of a rank have in common, on the weights as they are stored, or as they are gathered."""
+    at, m = layout.coordinates(rank), layout.num_dim_slices
+    owners = tuple(head_shard(model, layout, at.head_group, j) for j in range(m))
+    units, index = [len(span) for span in balanced(model.mlp_hidden_size, layout.tp)], layout.tp_index(at)
+    common: dict[str, Any] = {"rows": 0, "attended": 0, "positions": Span(0, 0), "lengths": (), "ending": 0, "e": e}
+    if layout.weights != "gathered":
+        pairs = turned_pairs(model, owners[at.slice])
+        own: dict[str, Any] = {"tp_index": index, "owners": owners, "slice": at.slice, "units": units[index]}
+        return Shape(model=model, layout=layout, pairs=pairs, **own, **common)
+    whole, pairs = over_heads(layout), max(turned_pairs(model, owner) for owner in owners)
+    mine = sum(units[at.head_group * m : (at.head_group + 1) * m])
+    heads = (head_shard(model, whole, at.head_group, 0),)
+    own = {"tp_index": at.head_group, "owners": heads, "slice": 0, "units": mine}
+    return Shape(model=model, layout=whole, pairs=pairs, **own, **common)
+
+
+def _stationary_shape(model: ModelSpec, layout: Layout, workload: Workload, rank: int, call: Call) -> Shape:
+    """A call of prefill on the weights as they are stored."""
+    at, mb = layout.coordinates(rank), call.micro_batch
+    rows = mb.parts[at.slice] if layout.exchange == "batch" else None
+    mine = range(rows.start, rows.stop) if rows is not None else mb.rows()
+    return replace(
+        _place(model, layout, rank, workload.element_bytes),
+        rows=mb.size,
+        attended=attended_rows(layout, mb, at.slice),
+        positions=call.positions,
+        lengths=() if model.is_causal else tuple(map(workload.length, mine)),
+        ending=len(call.ending(workload)),
+    )
+
+
+def _stationary_shapes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[Shape]:
+    """Of every call of a prefill; calls of the same size share one, where no prompt differs from another."""
+    known: dict[Hashable, Shape] = {}
+    for call in prefill_calls(layout, workload, layout.coordinates(rank).dp):
+        key: Hashable = call
+        if not workload.prompt_lengths:
+            key = tuple(map(len, call.micro_batch.parts)), call.positions
+        if key not in known:
+            known[key] = _stationary_shape(model, layout, workload, rank, call)
+        yield known[key]
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Bytes of one micro-batch on one rank: its residual, its token ids, and the most that is held beside them."""
+    """Bytes of one call on one rank: its residual, its token ids, and the most that is held with the residual."""
 
     hidden: int
     ids: int
-    steps: int
+    most: int
 
 
-def _stationary(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[_Held]:
-    for call in _calls(model, layout, workload, rank):
-        yield _Held(call.hidden * call.element_bytes, call.tokens * _ID_BYTES, max(_steps_bytes(call)))
+@lru_cache(maxsize=64)  # calls of a prefill have few shapes
+def _stationary(shape: Shape, spans: frozenset[int], first: bool, last: bool) -> _Held:
+    hidden, starts = shape.hidden_bytes, shape.rows * INDEX_BYTES
+    most = [hidden + _steps_bytes(shape, spans)]
+    if first:
+        most.append(_embed_bytes(shape))
+    if last and shape.ending:
+        logits = _logits_bytes(shape.model, shape.layout, shape.tp_index, shape.ending, shape.e)
+        most.append(hidden + max(_last_bytes(shape), logits))
+    return _Held(hidden, shape.tokens * INDEX_BYTES, starts + max(most))
 
 
-def _matrices(model: ModelSpec, layout: Layout, rank: int, *, biases: bool) -> dict[str, int]:
-    """Elements of a head group's matrices in one layer, with the biases that are cut like them or without."""
+@lru_cache(maxsize=32)
+def _gathered_parts(model: ModelSpec, layout: Layout, rank: int) -> dict[str, list[int]]:
+    """Elements of each slice's part of what a layer gathers, in the order in which it is put together."""
     at = layout.coordinates(rank)
-    sizes = {"qkv": 0, "o": 0, "up": 0, "down": 0}
+    prefix = f"layers.{stage_layers(model, layout)[at.pp].start}."
+    parts: dict[str, list[int]] = {}
     for j in range(layout.num_dim_slices):
         shards = parameters(model, layout, layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)))
-        prefix = f"layers.{stage_layers(model, layout)[at.pp].start}."
         for name, shard in shards.items():
             part, kind = name.split(".")[-2:]
-            if (
-                name.startswith(prefix)
-                and part != "norm"
-                and (kind == "weight" or (biases and part in ("q", "k", "v", "up")))
-            ):
-                sizes["qkv" if part in ("q", "k", "v") else part] += shard.num_elements
-    return sizes
+            if name.startswith(prefix) and part != "norm" and (kind == "weight" or part in ("q", "k", "v", "up")):
+                stem = "qkv" if part in ("q", "k", "v") else part
+                sizes = parts.setdefault(stem if kind == "weight" else f"{stem} bias", [0] * layout.num_dim_slices)
+                sizes[j] += shard.num_elements
+    order = ("qkv", "qkv bias", "o", "up", "up bias", "down", "q_norm", "k_norm")
+    return {name: parts[name] for name in order if name in parts}
 
 
-def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[_Held]:
-    """Two layers of gathered weights (this one's and the next one's) beside the work on one chunk of sequences.
+def _gathered_shapes(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> list[Shape]:
+    """A slice's own sequences on the gathered weights of its head group, piece by piece."""
+    mine, shape = mb.parts[layout.coordinates(rank).slice], _place(model, layout, rank, workload.element_bytes)
+    shapes: list[Shape] = []
+    for rows, positions in pieces(len(mine), workload):
+        span = rows.shift(mine.start)
+        ending = len(Call(MicroBatch((span,)), positions).ending(workload))
+        lengths = () if model.is_causal else tuple(map(workload.length, range(span.start, span.stop)))
+        piece = replace(shape, rows=len(span), attended=len(span), positions=positions, ending=ending, lengths=lengths)
+        shapes.append(piece)
+    return shapes
 
-    Slices of unequal size need a further copy of the own slice for each peer, which is not counted.
-    """
+
+def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> _Held:
+    """Two layers of gathered weights, this one's and the next one's, beside the work on one piece."""
     at, e = layout.coordinates(rank), workload.element_bytes
-    whole = replace(layout, num_dim_slices=1, exchange="none", weights="stationary")
-    own = head_shard(model, whole, at.head_group, 0)
-    sizes = {name: size * e for name, size in _matrices(model, layout, rank, biases=True).items()}
-    layer, units = sum(sizes.values()), sizes["up"] // e // (model.hidden_size + model.linear_bias)
-    layers = min(2, len(stage_layers(model, layout)[at.pp]))
-    for mb in prefill_micro_batches(layout, workload, at.dp):
-        rows = len(mb.parts[at.slice])
-        largest = max((len(piece) for piece in chunks(rows, workload)), default=0) * workload.seq
-        call = _Call(model, whole, own, largest, largest, workload.seq, largest * units, 0, e, layout.num_dim_slices)
-        assembling = layer + max(sizes["qkv"], sizes["o"], sizes["down"])
-        computing = layers * layer + max(_steps_bytes(call))
-        hidden, ids = rows * workload.seq * model.hidden_size * e, mb.size * workload.seq * _ID_BYTES
-        yield _Held(hidden, ids, max(assembling, computing))
+    shapes = _gathered_shapes(model, layout, workload, rank, mb)
+    hidden, starts = sum(shape.hidden_bytes for shape in shapes), sum(shape.rows for shape in shapes) * INDEX_BYTES
+    parts = {name: [size * e for size in sizes] for name, sizes in _gathered_parts(model, layout, rank).items()}
+    layer, under_way = sum(map(sum, parts.values())), sum(gathered(sizes, at.slice) for sizes in parts.values())
+    spans, layers = _windows(model, layout, rank), stage_layers(model, layout)[at.pp]
+    steps = max((_steps_bytes(shape, spans) for shape in set(shapes)), default=0)
+    most = [
+        hidden + _assembling_bytes(parts, at.slice),
+        hidden + layer + (under_way if len(layers) > 1 else 0) + steps,
+    ]
+    if at.pp == 0:
+        most.append(under_way + _gathered_embed_bytes(model, layout, rank, shapes, e))
+    if at.pp == layout.pp - 1:
+        last = sum(shape.ending for shape in shapes) * model.hidden_size * e
+        logits = _logits_bytes(model, layout, layout.tp_index(at), mb.size, e)
+        most.append(hidden + 2 * last + logits)
+    return _Held(hidden, mb.size * workload.seq * INDEX_BYTES, starts + max(most))
+
+
+def _assembling_bytes(parts: dict[str, list[int]], index: int) -> int:
+    """Slices that have arrived become whole weights, one after the other; all but `up` and norms are copied."""
+    held, most = sum(gathered(sizes, index) for sizes in parts.values()), 0
+    for name, sizes in parts.items():
+        most = max(most, held)
+        held -= gathered(sizes, index) - sum(sizes)
+        if name in ("qkv", "qkv bias", "o", "down"):
+            most = max(most, held + sum(sizes))
+    return most
+
+
+def _gathered_embed_bytes(model: ModelSpec, layout: Layout, rank: int, shapes: list[Shape], e: int) -> int:
+    """The head group's part of the vocabulary, and hidden states piece by piece, then put together."""
+    at, m = layout.coordinates(rank), layout.num_dim_slices
+    vocab = balanced(model.vocab_size, layout.tp)[at.head_group * m : (at.head_group + 1) * m]
+    sizes = [len(span) * model.hidden_size * e for span in vocab]
+    most, done = gathered(sizes, at.slice), 0
+    for shape in shapes:
+        most = max(most, sum(sizes) + done + _embed_bytes(shape))
+        done += shape.hidden_bytes
+    return max(most, sum(sizes) + 2 * done)
+
+
+def _held(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[_Held]:
+    """Every call of a rank's prefill."""
+    at = layout.coordinates(rank)
+    spans, first, last = _windows(model, layout, rank), at.pp == 0, at.pp == layout.pp - 1
+    if layout.weights == "gathered":
+        for call in prefill_calls(layout, workload, at.dp):
+            yield _gathered(model, layout, workload, rank, call.micro_batch)
+        return
+    known: dict[int, _Held] = {}
+    for shape in _stationary_shapes(model, layout, workload, rank):
+        if id(shape) not in known:
+            known[id(shape)] = _stationary(shape, spans, first, last)
+        yield known[id(shape)]
 
 
 def activations_peak_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
-    """Peak bytes that `rank` allocates in a prefill, beyond weights, cache, logits and tokens.
-
-    Micro-batches never grow (`balanced` puts longer parts first), so the first few hold the peak.
-    """
+    """Peak bytes that `rank` allocates in a prefill, beyond weights, cache, logits and tokens."""
     stage, peak = layout.coordinates(rank).pp, 0
-    sequence = _gathered if layout.weights == "gathered" else _stationary
-    calls = list(islice(sequence(model, layout, workload, rank), _SENDS_IN_FLIGHT + 2))
+    calls = list(_held(model, layout, workload, rank))
     for k, call in enumerate(calls):
-        held = call.hidden + call.steps
+        held = call.most
         if stage == 0:
             held += call.ids
         elif k + 1 < len(calls):
@@ -210,26 +315,67 @@ def activations_peak_bytes(model: ModelSpec, layout: Layout, workload: Workload,
     return peak
 
 
-def communication_buffer_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
-    """Bytes of the largest tensor that a collective of a prefill writes out of place."""
-    sizes = [0]
+def _exchanged(shape: Shape) -> Iterator[int]:
+    """Bytes that arrive in an exchange."""
+    each, heads, kv, d = shape.tokens * shape.e, shape.heads, shape.kv_heads, shape.model.head_dim
+    exchange, m, u = shape.layout.exchange, len(shape.owners), len(shape.own.v_channels)
+    if exchange == "gather":
+        yield each * (heads + kv) * d
+    elif exchange == "batch":
+        yield shape.attended * shape.queries * (heads + 2 * kv) * d * shape.e
+        yield shape.out_bytes
+    elif exchange == "sequence" and shape.is_cached:
+        yield each * (heads + 2 * kv) * d
+        yield m * shape.tokens * heads * (u + 1) * shape.wide
+    elif exchange == "sequence":
+        yield shape.rows * total(query_share(shape.queries, m, shape.slice)) * heads * d * shape.e
+        yield each * 2 * kv * d
+        yield shape.out_bytes
+
+
+def _of_layers(shape: Shape) -> Iterator[int]:
+    """Bytes that arrive in a layer: in its exchange, its output, and where the residual is sharded before products."""
+    yield from _exchanged(shape)
+    if shape.layout.output == "concat" and shape.layout.tp > 1:
+        yield shape.tokens * shape.model.num_heads * shape.model.head_dim * shape.e
+        yield shape.whole_bytes
+    if shape.layout.residual == "sharded":
+        yield shape.whole_bytes
+
+
+def _of_weights(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> Iterator[int]:
+    """Bytes that arrive where weights are gathered: these, the vocabulary and last tokens."""
+    at, m, e = layout.coordinates(rank), layout.num_dim_slices, workload.element_bytes
+    yield from (sum(sizes) * e for sizes in _gathered_parts(model, layout, rank).values())
+    if at.pp == 0:
+        vocab = balanced(model.vocab_size, layout.tp)[at.head_group * m : (at.head_group + 1) * m]
+        yield total(vocab) * model.hidden_size * e
+    if at.pp == layout.pp - 1:
+        yield mb.size * model.hidden_size * e
+
+
+def _of_call(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[int]:
+    """Bytes that arrive in each call: hidden states from the stage before, in layers, and logits."""
     at = layout.coordinates(rank)
     if layout.weights == "gathered":
-        sizes += [size * workload.element_bytes for size in _matrices(model, layout, rank, biases=False).values()]
-        table = balanced(model.vocab_size, layout.tp)[at.head_group * layout.num_dim_slices :][: layout.num_dim_slices]
-        sizes += [total(table) * model.hidden_size * workload.element_bytes] if at.pp == 0 else []
-    for call in islice(_calls(model, layout, workload, rank), 1):
-        e, heads, kv, d = call.element_bytes, len(call.own.heads), len(call.own.kv_heads), model.head_dim
-        if layout.exchange == "gather":
-            sizes.append(call.tokens * (heads + kv) * d * e)
-        elif layout.exchange == "batch" and layout.weights == "stationary":
-            sizes += [call.attended * (heads + 2 * kv) * d * e, call.out * e]
-        if layout.output == "concat" and layout.tp > 1:
-            sizes += [call.tokens * model.num_heads * d * e, call.hidden * e]
+        calls = prefill_calls(layout, workload, at.dp)
+        for call in calls:
+            yield from _of_weights(model, layout, workload, rank, call.micro_batch)
+        several = [(_gathered_shapes(model, layout, workload, rank, c.micro_batch), c.micro_batch.size) for c in calls]
+    else:
+        different = {id(shape): shape for shape in _stationary_shapes(model, layout, workload, rank)}
+        several = [([shape], shape.ending) for shape in different.values()]
+    for shapes, ending in several:
+        for shape in shapes:
+            yield from _of_layers(shape)
         if at.pp > 0:
-            sizes.append((call.attended * model.hidden_size if layout.weights == "gathered" else call.hidden) * e)
-        elif layout.pp == 1 and layout.tp > 1:
-            sizes.append(call.tokens // call.seq * model.vocab_size * e)
-    if at.pp == 0 and layout.pp > 1:
-        sizes.append(len(replica_rows(layout, workload.batch)[at.dp]) * _ID_BYTES)
-    return max(sizes)
+            yield sum(shape.hidden_bytes for shape in shapes)
+        if at.pp == layout.pp - 1 and layout.tp > 1:
+            yield ending * model.vocab_size * workload.element_bytes
+
+
+def communication_buffer_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
+    """Bytes of the largest tensor that a collective of a prefill writes out of place, or that a message brings."""
+    at = layout.coordinates(rank)
+    tokens = len(replica_rows(layout, workload.batch)[at.dp]) * INDEX_BYTES if at.pp == 0 and layout.pp > 1 else 0
+    return max(tokens, 0, *_of_call(model, layout, workload, rank))

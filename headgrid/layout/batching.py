@@ -1,4 +1,4 @@
-"""Which sequences a rank computes and caches, and in which micro-batches they pass through the pipeline."""
+"""Which sequences and positions a rank computes and caches, and in which calls they pass through the pipeline."""
 
 import functools
 from dataclasses import dataclass
@@ -60,29 +60,95 @@ def _micro_batches(layout: Layout, rows: Span, count: int) -> tuple[MicroBatch, 
     return tuple(MicroBatch(tuple(parts)) for parts in zip(*split, strict=True))
 
 
-@functools.lru_cache(maxsize=8)  # predictions ask for the same plan for every rank of a replica
-def prefill_micro_batches(layout: Layout, workload: Workload, replica: int) -> tuple[MicroBatch, ...]:
-    """Micro-batches of whole sequences, in order, within `workload.chunk_tokens` where one sequence allows it.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One forward call of prefill: some sequences, and the positions of each that are computed."""
 
-    With gathered weights a micro-batch is larger, so that each gathered layer serves many sequences; it is computed
-    in `chunks` of that size.
+    micro_batch: MicroBatch
+    positions: Span
+
+    def ending(self, workload: Workload) -> list[int]:
+        """Which of the call's sequences, by their place in it, have the last token of their prompt here."""
+        if not workload.prompt_lengths:
+            return list(range(self.micro_batch.size)) if self.positions.stop == workload.seq else []
+        first, last = self.positions.start + 1, self.positions.stop
+        return [k for k, row in enumerate(self.micro_batch.rows()) if first <= workload.length(row) <= last]
+
+
+def position_chunks(workload: Workload) -> Spans:
+    """Positions that one call computes: all of a prompt, or at most `chunk_positions`."""
+    return balanced(workload.seq, -(-workload.seq // workload.chunk_positions) if workload.chunk_positions else 1)
+
+
+def _sequences_per_call(workload: Workload) -> int:
+    return max(1, workload.chunk_tokens // len(position_chunks(workload)[0]))
+
+
+@functools.lru_cache(maxsize=8)  # predictions ask for the same plan for every rank of a replica
+def prefill_calls(layout: Layout, workload: Workload, replica: int) -> tuple[Call, ...]:
+    """The calls of a prefill in order, each within `workload.chunk_tokens` where one sequence allows it.
+
+    With gathered weights a call is larger, so that each gathered layer serves many sequences; a layer computes it in
+    `pieces` of that size.
     """
     rows = replica_rows(layout, workload.batch)[replica]
-    per_call = max(1, workload.chunk_tokens // workload.seq)
+    per_call = _sequences_per_call(workload)
     if layout.exchange == "batch":  # every slice needs a row in each call, or it would sit idle
         per_call = max(per_call // layout.num_dim_slices, 1) * layout.num_dim_slices
-    count = 1 if layout.weights == "gathered" else -(-len(rows) // per_call)
+    gathered = layout.weights == "gathered"
+    count = 1 if gathered else -(-len(rows) // per_call)
     if layout.pp > 1:
         count = max(count, PIPELINE_FILL * layout.pp)
-    return _micro_batches(layout, rows, count)
+    positions = (Span(0, workload.seq),) if gathered else position_chunks(workload)
+    return tuple(Call(mb, span) for mb in _micro_batches(layout, rows, count) for span in positions)
 
 
-def chunks(rows: int, workload: Workload) -> Spans:
-    """Pieces of a slice's own sequences that are computed together, within `workload.chunk_tokens`."""
-    per_call = max(1, workload.chunk_tokens // workload.seq)
-    return balanced(rows, -(-rows // per_call)) if rows else ()
+def pieces(rows: int, workload: Workload) -> tuple[tuple[Span, Span], ...]:
+    """Sequences of a slice's own, and their positions, that are computed together within `workload.chunk_tokens`."""
+    if not rows:
+        return ()
+    several = balanced(rows, -(-rows // _sequences_per_call(workload)))
+    return tuple((some, span) for some in several for span in position_chunks(workload))
 
 
 def decode_micro_batches(layout: Layout, workload: Workload, replica: int) -> tuple[MicroBatch, ...]:
     """One micro-batch for each pipeline stage, so that all stages work at the same time."""
     return _micro_batches(layout, replica_rows(layout, workload.batch)[replica], layout.pp)
+
+
+def query_share(queries: int, num_slices: int, slice_index: int) -> Spans:
+    """Of a call's queries, those that a slice attends for with the exchange `sequence`.
+
+    The j-th and the j-th last of 2m spans: under a causal mask early queries see few keys and late ones many.
+    """
+    spans = balanced(queries, 2 * num_slices)
+    both = spans[slice_index], spans[2 * num_slices - 1 - slice_index]
+    return tuple(span for span in both if len(span))  # not merged: keys behind the first span are not for it
+
+
+def cached_positions(layout: Layout, positions: int, slice_index: int) -> int:
+    """Of the first so many positions, those whose keys a slice keeps: with `sequence` every m-th from its own on."""
+    if layout.exchange != "sequence":
+        return positions
+    return len(range(slice_index, positions, layout.num_dim_slices))
+
+
+_SCORE_ELEMENTS = 1 << 24
+
+
+def score_blocks(rows: int, start: int, queries: int, *, is_causal: bool) -> tuple[tuple[Span, int], ...]:
+    """Blocks of queries whose partial scores are held and summed at a time, with the keys they need.
+
+    `rows` is sequences x heads, `start` the position of the first query; at most 16 Mi scores, at least one query.
+    """
+    keys = start + queries
+    step = max(1, _SCORE_ELEMENTS // max(1, rows * keys))
+    blocks = [Span(first, min(first + step, queries)) for first in range(0, queries, step)]
+    return tuple((block, start + block.stop if is_causal else keys) for block in blocks)
+
+
+def visible(queries: Span, keys: int, window: int, is_causal: bool) -> Span:
+    """The span of keys, out of `keys`, that some of these queries see."""
+    if not is_causal:
+        return Span(0, keys)
+    return Span(max(0, queries.start - window + 1) if window else 0, queries.stop)

@@ -1,8 +1,21 @@
 """Predicted floating-point operations: a multiplication and an addition for each term of a matrix product."""
 
-from headgrid.layout.batching import attended_rows, decode_micro_batches, prefill_micro_batches
+from collections.abc import Iterator
+
+from headgrid.layout.batching import (
+    MicroBatch,
+    attended_rows,
+    cached_positions,
+    decode_micro_batches,
+    pieces,
+    prefill_calls,
+    query_share,
+    score_blocks,
+    visible,
+)
 from headgrid.layout.layout import Coordinates, Layout
-from headgrid.layout.shards import head_shard, parameters
+from headgrid.layout.shards import head_shard, parameters, stage_layers
+from headgrid.layout.span import Span
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -17,17 +30,49 @@ def _linears(model: ModelSpec, layout: Layout, rank: int) -> tuple[int, int]:
     return per_token, head.num_elements if last and head else 0
 
 
-def _attention(model: ModelSpec, layout: Layout, rank: int, rows: int, queries: int, keys: int) -> int:
-    """Of one layer: scores and their product with V, without counting the causal mask as saved work."""
+def _pairs(model: ModelSpec, layout: Layout, rank: int, rows: int, call: Span, window: int) -> int:
+    """Pairs of a query and a key for which a rank computes products, for each of its heads.
+
+    The causal mask saves whole spans of keys only: the upper half of a square is computed.
+    """
+    j, start = layout.coordinates(rank).slice, call.start
+    if layout.exchange == "sequence" and not start:
+        shares = query_share(len(call), layout.num_dim_slices, j)
+        return rows * sum(len(share) * len(visible(share, len(call), window, model.is_causal)) for share in shares)
+    seen = visible(call, call.stop, window, model.is_causal)
+    if layout.exchange == "sequence":
+        kept = cached_positions(layout, seen.stop, j) - cached_positions(layout, seen.start, j)
+        return rows * len(call) * kept
+    return rows * len(call) * len(seen)
+
+
+def _score_pairs(model: ModelSpec, layout: Layout, rank: int, rows: int, call: Span) -> int:
+    """As `_pairs` where scores are computed in blocks of queries."""
+    heads = len(head_shard(model, layout, layout.coordinates(rank).head_group, 0).heads)
+    blocks = score_blocks(rows * heads, call.start, len(call), is_causal=model.is_causal)
+    return rows * sum(len(block) * keys for block, keys in blocks)
+
+
+def _attention(model: ModelSpec, layout: Layout, rank: int, pairs: int) -> int:
+    """Of one layer: scores and their product with V."""
     at = layout.coordinates(rank)
     own = head_shard(model, layout, at.head_group, at.slice)
-    qk = own.qk_width if layout.exchange in ("none", "independent") else model.head_dim
-    v = model.head_dim if layout.exchange == "batch" else len(own.v_channels)
-    return 2 * rows * len(own.heads) * queries * keys * (qk + v)
+    qk = own.qk_width if layout.exchange in ("none", "independent", "scores") else model.head_dim
+    v = model.head_dim if layout.exchange in ("batch", "sequence") else len(own.v_channels)
+    return 2 * pairs * len(own.heads) * (qk + v)
 
 
-def _layers(model: ModelSpec, layout: Layout, rank: int) -> int:
-    return sum(name.endswith("attention.q.weight") for name in parameters(model, layout, rank))
+def _prefill_attention(model: ModelSpec, layout: Layout, rank: int, rows: int, positions: Span) -> int:
+    """Of all layers of the rank's stage, for a call of prefill."""
+    layers = stage_layers(model, layout)[layout.coordinates(rank).pp]
+    flops = 0
+    for layer in range(layers.start, layers.stop):
+        if layout.exchange == "scores":
+            pairs = _score_pairs(model, layout, rank, rows, positions)
+        else:
+            pairs = _pairs(model, layout, rank, rows, positions, model.window(layer))
+        flops += _attention(model, layout, rank, pairs)
+    return flops
 
 
 def prefill_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
@@ -36,10 +81,10 @@ def prefill_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: in
         return _gathered_flops(model, layout, workload, rank)
     per_token, head = _linears(model, layout, rank)
     flops = 0
-    for mb in prefill_micro_batches(layout, workload, layout.coordinates(rank).dp):
-        rows = attended_rows(layout, mb, layout.coordinates(rank).slice)
-        flops += 2 * per_token * mb.size * workload.seq + 2 * head * mb.size
-        flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, workload.seq, workload.seq)
+    for call in prefill_calls(layout, workload, layout.coordinates(rank).dp):
+        mb, rows = call.micro_batch, attended_rows(layout, call.micro_batch, layout.coordinates(rank).slice)
+        flops += 2 * per_token * mb.size * len(call.positions) + 2 * head * len(call.ending(workload))
+        flops += _prefill_attention(model, layout, rank, rows, call.positions)
     return flops
 
 
@@ -49,21 +94,38 @@ def _gathered_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: 
     peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
     per_token = sum(_linears(model, layout, peer)[0] for peer in peers)
     head, flops = _linears(model, layout, rank)[1], 0
-    for mb in prefill_micro_batches(layout, workload, at.dp):
-        rows = attended_rows(layout, mb, layout.coordinates(rank).slice)
-        flops += 2 * per_token * rows * workload.seq + 2 * head * mb.size
-        flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, workload.seq, workload.seq)
+    for call in prefill_calls(layout, workload, at.dp):
+        rows = len(call.micro_batch.parts[at.slice])
+        flops += 2 * per_token * rows * workload.seq + 2 * head * call.micro_batch.size
+        for some, positions in pieces(rows, workload):
+            flops += _prefill_attention(model, layout, rank, len(some), positions)
     return flops
 
 
-def decode_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int, keys: int) -> int:
-    """Operations that `rank` issues in one decode step in which every query attends to `keys` positions."""
+def _decode_pairs(
+    model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch, step: int
+) -> Iterator[int]:
+    """Of each layer: pairs of a query and a key, each sequence at its own length."""
+    at = layout.coordinates(rank)
+    layers = stage_layers(model, layout)[at.pp]
+    mine = mb.parts[at.slice] if layout.exchange == "batch" else None
+    rows = range(mine.start, mine.stop) if mine is not None else mb.rows()
+    for layer in range(layers.start, layers.stop):
+        if layout.exchange == "scores":
+            yield len(rows) * workload.cache_positions
+            continue
+        ends = [workload.length(row) + step for row in rows]
+        yield sum(_pairs(model, layout, rank, 1, Span(end, end + 1), model.window(layer)) for end in ends)
+
+
+def decode_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int, step: int) -> int:
+    """Operations that `rank` issues in the decode step number `step`, 0 for the first after the prompt."""
     per_token, head = _linears(model, layout, rank)
     flops = 0
     for mb in decode_micro_batches(layout, workload, layout.coordinates(rank).dp):
-        rows = attended_rows(layout, mb, layout.coordinates(rank).slice)
         flops += 2 * (per_token + head) * mb.size
-        flops += _layers(model, layout, rank) * _attention(model, layout, rank, rows, 1, keys)
+        pairs = _decode_pairs(model, layout, workload, rank, mb, step)
+        flops += sum(_attention(model, layout, rank, each) for each in pairs)
     return flops
 
 
@@ -71,5 +133,5 @@ def model_flops(model: ModelSpec, workload: Workload) -> int:
     """Operations that a prefill of the batch needs at least: causal attention counted half (for MFU)."""
     single = Layout()
     full = prefill_flops(model, single, workload, 0)
-    square = model.num_layers * _attention(model, single, 0, workload.batch, workload.seq, workload.seq)
+    square = model.num_layers * _attention(model, single, 0, workload.batch * workload.seq**2)
     return full - square // 2

@@ -6,16 +6,22 @@ from typing import Literal, get_args
 
 from headgrid.errors import InvalidLayout
 
-Exchange = Literal["none", "gather", "batch", "independent"]
+Exchange = Literal["none", "gather", "batch", "sequence", "scores", "independent"]
 """How the m ranks of a head group make attention exact; `independent` (no exchange) is wrong and only a control."""
 Output = Literal["reduce", "concat"]
 WeightMode = Literal["stationary", "gathered"]
 """Whether activations move to the weights, or, in prefill, the slices of the weights to the activations."""
+Residual = Literal["replicated", "sharded"]
+"""Whether every rank holds the hidden states of all tokens, or a share of the tokens (sequence parallelism)."""
+ResidualDtype = Literal["model", "fp32"]
+"""The dtype in which hidden states are kept and added up; what ranks send each other is in the model's."""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
-EXCHANGES: tuple[str, ...] = ("gather", "batch")
+EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")
 OUTPUTS: tuple[str, ...] = get_args(Output)
 WEIGHT_MODES: tuple[str, ...] = get_args(WeightMode)
+RESIDUALS: tuple[str, ...] = get_args(Residual)
+RESIDUAL_DTYPES: tuple[str, ...] = get_args(ResidualDtype)
 _FIXED: dict[Axis, tuple[str, ...]] = {
     "dp": ("pp", "head_group", "slice"),
     "pp": ("dp", "head_group", "slice"),
@@ -24,7 +30,7 @@ _FIXED: dict[Axis, tuple[str, ...]] = {
     "tp": ("dp", "pp"),
 }
 """Coordinates that all ranks of a group along an axis have in common."""
-EXAMPLES = ("tp8pp2", "dp16", "n4m4:batch", "n4m4:gather+concat")
+EXAMPLES = ("tp8pp2", "dp16", "n4m4:batch", "n4m4:sequence+sharded", "n4m4:gather+concat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class Layout:
     exchange: Exchange = "none"
     output: Output = "reduce"
     weights: WeightMode = "stationary"
+    residual: Residual = "replicated"
+    residual_dtype: ResidualDtype = "model"
 
     def __post_init__(self) -> None:
         """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
@@ -72,6 +80,12 @@ class Layout:
                 f"gathered weights do not go with exchange {self.exchange!r} and output {self.output!r}",
                 why="they leave each slice the whole heads of its own sequences, which is how `batch` caches them",
                 legal=(f"n{self.num_head_groups}m{max(2, self.num_dim_slices)}:batch+gathered",),
+            )
+        if self.residual == "sharded" and (self.tp == 1 or self.output == "concat"):
+            raise InvalidLayout(
+                f"a sharded residual does not go with tp {self.tp} and output {self.output!r}",
+                why="it divides the tokens among the ranks that reduce their outputs, and here none do",
+                legal=("+replicated", f"n{self.num_head_groups}m{max(2, self.num_dim_slices)}:batch+sharded"),
             )
 
     @property
@@ -116,7 +130,8 @@ class Layout:
         degrees = f"n{n}m{m}" if m > 1 else f"tp{n}" if n > 1 or self.ranks == 1 else ""
         degrees += "".join(f"{axis}{size}" for axis, size in (("pp", self.pp), ("dp", self.dp)) if size > 1)
         options = [self.exchange] * (m > 1) + [self.output] * (self.output != "reduce")
-        options += [self.weights] * (self.weights != "stationary")
+        options += [self.weights] * (self.weights != "stationary") + [self.residual] * (self.residual != "replicated")
+        options += [self.residual_dtype] * (self.residual_dtype != "model")
         return degrees + (":" + "+".join(options) if options else "")
 
 
@@ -134,12 +149,13 @@ def parse_layout(text: str) -> Layout:
         raise InvalidLayout(f"{text!r} names tp beside n or m", why="tpN means nNm1", legal=EXAMPLES)
     known = {name: "exchange" for name in get_args(Exchange) if name != "none"}
     known |= {name: "output" for name in OUTPUTS} | {name: "weights" for name in WEIGHT_MODES}
+    known |= {name: "residual" for name in RESIDUALS} | {name: "residual_dtype" for name in RESIDUAL_DTYPES}
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
             raise InvalidLayout(
                 f"{option!r} in {text!r} is not an option, or is one too many",
-                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES),
+                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES, *RESIDUALS, *RESIDUAL_DTYPES),
             )
         chosen[known[option]] = option
     return Layout(

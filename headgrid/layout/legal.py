@@ -1,9 +1,10 @@
 """Which layouts can run a model: refusals with reasons, and the list of the legal ones."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from headgrid.errors import InvalidLayout
-from headgrid.layout.layout import EXCHANGES, Exchange, Layout, Output, WeightMode
+from headgrid.layout.layout import EXCHANGES, Layout
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -11,11 +12,6 @@ from headgrid.spec.workload import Workload
 def divisors(number: int) -> tuple[int, ...]:
     """All divisors, ascending."""
     return tuple(k for k in range(1, number + 1) if number % k == 0)
-
-
-def head_group_counts(model: ModelSpec) -> tuple[int, ...]:
-    """The legal n: divisors of the KV heads, so that no KV head is copied."""
-    return divisors(model.num_kv_heads)
 
 
 def _copies_kv(model: ModelSpec, layout: Layout) -> bool:
@@ -77,6 +73,13 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
             why="with gathered weights every slice of a stage passes its own sequences on",
             legal=(f"--batch {layout.dp * layout.num_dim_slices}",),
         )
+    if not model.is_causal and (workload.decode_steps or workload.chunk_positions):
+        raise InvalidLayout(
+            f"{model.name} is bidirectional: it is neither decoded nor prefilled in chunks",
+            numbers=f"decode_steps {workload.decode_steps}, chunk_positions {workload.chunk_positions}",
+            why="every position attends to all others, which must all be there",
+            legal=("decode_steps 0 and chunk_positions 0",),
+        )
     if workload.cache_positions > model.max_positions:
         raise InvalidLayout(
             f"{workload.seq} + {workload.decode_steps} positions, but {model.name} has {model.max_positions}",
@@ -94,22 +97,29 @@ def _all(ranks: int) -> Iterator[Layout]:
         for pp in divisors(ranks // tp):
             for n in reversed(divisors(tp)):
                 degrees = {"num_head_groups": n, "num_dim_slices": tp // n, "pp": pp, "dp": ranks // tp // pp}
-                for exchange, output, weights in _choices(n, tp // n):
-                    yield Layout(**degrees, exchange=exchange, output=output, weights=weights)
+                for choice in _choices(n, tp // n):
+                    yield Layout(**degrees, **choice)
 
 
-def _choices(n: int, m: int) -> Iterator[tuple[Exchange, Output, WeightMode]]:
-    """Exchange, output and weights that go together on an n x m grid."""
-    exchanges: tuple[Exchange, ...] = EXCHANGES if m > 1 else ("none",)  # type: ignore[assignment]
-    for exchange in exchanges:
-        yield exchange, "reduce", "stationary"
+def _choices(n: int, m: int) -> Iterator[dict[str, Any]]:
+    """Exchange, output, weights and residual that go together on an n x m grid, each with its hidden states' dtype
+    left as the model's.
+    """
+    for exchange in EXCHANGES if m > 1 else ("none",):
+        yield {"exchange": exchange}
         if n * m > 1:
-            yield exchange, "concat", "stationary"
+            yield {"exchange": exchange, "residual": "sharded"}
+            yield {"exchange": exchange, "output": "concat"}
     if m > 1:
-        yield "batch", "reduce", "gathered"
+        yield {"exchange": "batch", "weights": "gathered"}
+        yield {"exchange": "batch", "weights": "gathered", "residual": "sharded"}
 
 
 def legal_layouts(model: ModelSpec, ranks: int) -> tuple[Layout, ...]:
-    """Every layout of the family on exactly `ranks` devices: n x m first, then with stages, then with replicas."""
+    """Every layout of the family on exactly `ranks` devices: n x m first, then with stages, then with replicas.
+
+    Each may also keep its hidden states in fp32.
+    """
     legal = [layout for layout in _all(ranks) if is_legal(model, layout)]
-    return tuple(sorted(legal, key=lambda lay: (lay.output != "reduce", lay.dp * lay.pp, lay.dp)))
+    order = {lay: (lay.output != "reduce", lay.residual != "replicated", lay.dp * lay.pp, lay.dp) for lay in legal}
+    return tuple(sorted(legal, key=order.__getitem__))

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from headgrid.layout.activations import activations_peak_bytes, communication_buffer_bytes
-from headgrid.layout.batching import owned_rows
+from headgrid.layout.batching import cached_positions, owned_rows
 from headgrid.layout.layout import Layout
 from headgrid.layout.shards import head_shard, parameters, stage_layers
 from headgrid.spec.model import ModelSpec
@@ -40,14 +40,16 @@ class Memory:
 
 
 def cache_shape(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> CacheShape:
-    """The KV cache of `rank`: by rows for `batch`, K whole and V by channels for `gather`, else both by channels."""
+    """The KV cache of `rank`: by rows for `batch`, by positions for `sequence`, K whole and V by channels for
+    `gather`, else both by channels.
+    """
     at = layout.coordinates(rank)
     own = head_shard(model, layout, at.head_group, at.slice)
     layers = len(stage_layers(model, layout)[at.pp])
     rows = len(owned_rows(layout, workload.batch, rank))
-    k_width = model.head_dim if layout.exchange in ("gather", "batch") else own.qk_width
-    v_width = model.head_dim if layout.exchange == "batch" else len(own.v_channels)
-    outer = (layers, rows, workload.cache_positions, len(own.kv_heads))
+    k_width = model.head_dim if layout.exchange in ("gather", "batch", "sequence") else own.qk_width
+    v_width = model.head_dim if layout.exchange in ("batch", "sequence") else len(own.v_channels)
+    outer = (layers, rows, cached_positions(layout, workload.cache_positions, at.slice), len(own.kv_heads))
     return CacheShape((*outer, k_width), (*outer, v_width))
 
 

@@ -49,6 +49,12 @@ class HeadShard:
         """Channels per Q or K head held here."""
         return total(self.qk_channels)
 
+    @property
+    def row_width(self) -> int:
+        """Elements per token of Q, K and V together."""
+        qk = (len(self.heads) + len(self.kv_heads)) * self.qk_width
+        return qk + len(self.kv_heads) * len(self.v_channels)
+
 
 def head_groups(model: ModelSpec, layout: Layout) -> tuple[tuple[Span, Span], ...]:
     """Query heads and KV heads of each head group. Only where n > K is a KV head in more than one group."""
@@ -62,13 +68,20 @@ def head_groups(model: ModelSpec, layout: Layout) -> tuple[tuple[Span, Span], ..
 def qk_channels(model: ModelSpec, num_slices: int) -> tuple[Spans, ...]:
     """Channels of a Q or K head in each slice, covering all of them once.
 
-    With rotary positions (rotate-half: channel c turns with c + d/2) slices consist of whole pairs, first halves
-    before second halves, so that a slice is rotated like a small head. Otherwise slices are contiguous.
+    With rotary positions (rotate-half: channel c turns with c + r/2, r the channels that turn) slices consist of
+    whole pairs, first halves before second halves, so that a slice is rotated like a small head; channels that do not
+    turn follow, longer spans in the last slices, where there are fewer pairs. Otherwise slices are contiguous.
     """
-    d = model.head_dim
-    if model.positions != "rotary":
-        return tuple((span,) for span in balanced(d, num_slices))
-    return tuple(merged((pairs, pairs.shift(d // 2))) for pairs in balanced(d // 2, num_slices))
+    r = model.rotated_dim
+    pairs, still = balanced(r // 2, num_slices), [len(span) for span in balanced(model.head_dim - r, num_slices)]
+    if r:
+        still.reverse()
+    slices: list[Spans] = []
+    start = r
+    for span, width in zip(pairs, still, strict=True):
+        slices.append(merged((span, span.shift(r // 2), Span(start, start + width))))
+        start += width
+    return tuple(slices)
 
 
 def head_shard(model: ModelSpec, layout: Layout, i: int, j: int) -> HeadShard:
@@ -114,6 +127,8 @@ def _attention(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
     if model.linear_bias:
         shards |= {f"{name}.bias": Shard((size,), spans) for name, (size, spans) in rows.items()}
         shards["o.bias"] = Shard((len(hidden),), out_rows)
+    if model.qk_norm:
+        shards |= {f"{name}_norm.weight": Shard((d,), mine.qk_channels) for name in ("q", "k")}
     return shards
 
 

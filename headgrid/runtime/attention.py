@@ -1,90 +1,248 @@
-"""Attention of one rank, without communication: prefill over fresh keys, decode over the cache."""
+"""Attention of one rank, without communication: over keys just computed, or over the cache.
+
+Letters: b sequences, s queries of each, S keys; H query heads, K KV heads (K divides H); d and u the widths of a Q/K
+head and of a V head. "Wide" is fp32, or fp64 where the inputs are: scores are never rounded to 16 bits.
+"""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
-from headgrid.layout.activations import plain_rows
+from headgrid.layout.batching import visible
+from headgrid.layout.held import plain_rows
+from headgrid.layout.span import Span
 from headgrid.runtime.kernels import split_kv
 
 _FAST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
-    """The position of decode's query, which is also the last key: on the host, and on the device for CUDA graphs."""
+class Rule:
+    """What a layer's attention is. `window` keys are seen by a query, itself included; 0 and 0.0 mean none."""
 
-    host: int
+    scale: float
+    is_causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but scores, a causal mask or none, and a softmax."""
+        return not self.window and not self.softcap
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Where the queries of a call stand: `count` of each sequence, those of sequence i from position `starts[i]` on.
+
+    In prefill all start at the same position. In decode each has its own, and `device` [b] (int64) says the same to
+    kernels, so that a CUDA graph serves every step. `lengths` are prompts' own lengths, for bidirectional models.
+    """
+
+    count: int
+    starts: tuple[int, ...]
     device: Tensor
+    decoding: bool = False
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether earlier positions are in the cache."""
+        return self.decoding or any(self.starts)
+
+    def rows(self, rows: Span) -> "Queries":
+        """The same for some of the sequences."""
+        lengths = self.lengths and self.lengths[rows.start : rows.stop]
+        starts, device = self.starts[rows.start : rows.stop], self.device[rows.start : rows.stop]
+        return replace(self, starts=starts, device=device, lengths=lengths)
+
+    def of(self, table: Tensor) -> Tensor:
+        """Rows of a table by position: [s, ...] in prefill, [b, s, ...] in decode."""
+        if not self.decoding:
+            start = self.starts[0] if self.starts else 0
+            return table[start : start + self.count]
+        return table.index_select(0, self.device)[:, None]
+
+    def part(self, span: Span) -> "Queries":
+        """Some of the queries of each sequence."""
+        return replace(self, count=len(span), starts=tuple(start + span.start for start in self.starts))
 
 
-def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention. q [b, s, H, d], k [b, s, K, d], v [b, s, K, u], H a multiple of K; returns [b, s, H, u]."""
-    if not q.is_cuda and k.shape[-1] != v.shape[-1]:
-        return _plain(q, k, v, scale, causal=True)
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Positions of keys: the t-th is at `first` + `stride` t."""
+
+    first: int = 0
+    stride: int = 1
+
+    def before(self, position: int) -> int:
+        """How many are at earlier positions."""
+        return len(range(self.first, position, self.stride))
+
+
+ALL = Keys()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule) -> Tensor:
+    """q [b, s, H, d], k [b, S, K, d], v [b, S, K, u], keys from position 0 on; returns [b, s, H, u].
+
+    Keys behind a sequence's last query need not have been written.
+    """
+    if not len(q):
+        return nothing(q, k, v)
+    if queries.decoding and q.is_cuda:
+        options = {"window": rule.window, "softcap": rule.softcap}
+        return split_kv.decode(q, k, v, queries.device, rule.scale, **options)[0]
+    if not rule.is_plain or len(set(queries.starts)) > 1 or _ragged(queries, k.shape[1]):
+        return _plain(q, k, v, queries, rule)
+    if rule.is_causal:
+        k, v = (x[:, : queries.starts[0] + queries.count] for x in (k, v))
+    if not q.is_cuda and (k.shape[-1] != v.shape[-1] or 1 < queries.count < k.shape[1]):
+        return _plain(q, k, v, queries, rule)
+    return _fused(q, k, v, rule)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """torch's own attention; causal queries are the last ones of the keys."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    backend = sdpa_kernel(_FAST_FIRST, set_priority=True) if q.is_cuda else nullcontext()
-    with backend:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    s, length = q.shape[2], k.shape[2]
+    square = rule.is_causal and s == length and s > 1
+    mask = causal_lower_right(s, length) if rule.is_causal and 1 < s < length else None
+    with sdpa_kernel(_FAST_FIRST, set_priority=True) if q.is_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=square, scale=rule.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out.transpose(1, 2)
 
 
-def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position, scale: float) -> Tensor:
-    """One query for each sequence over keys 0..position.
+def _ragged(queries: Queries, keys: int) -> bool:
+    return queries.lengths is not None and any(length < keys for length in queries.lengths)
 
-    q [b, 1, H, d], k_cache [b, S, K, d], v_cache [b, S, K, u]; returns [b, 1, H, u].
+
+def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What attention gives for no sequences, [0, s, H, u], with a gradient (none) for each input."""
+    empty = q.new_empty(*q.shape[:3], v.shape[3])
+    return empty + (q.sum() + k.sum() + v.sum()) if q.requires_grad else empty
+
+
+def attend_part(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, keys: Keys) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys, those at the positions `keys`: wide output [b, s, H, u] and log-sum-exp [b, s, H].
+
+    A query that sees none of them gets 0 and -inf. `merge` puts parts together (Milakov, Gimelshein 2018).
     """
-    if q.is_cuda:
-        return split_kv.decode(q, k_cache, v_cache, position.device, scale)
-    k, v = (cache[:, : position.host + 1] for cache in (k_cache, v_cache))
-    if k.shape[-1] != v.shape[-1]:
-        return _plain(q, k, v, scale, causal=False)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
-    """Attention by its definition, for a CPU where V's heads are narrower than K's: torch's fused kernel wants
-    equal widths there, and its fallback holds several copies of all scores.
-
-    q [b, s, H, d], k [b, S, K, d], v [b, S, K, u] -> [b, s, H, u]; 16-bit inputs are computed in fp32. Scores are
-    held for one sequence and `plain_rows` queries at a time.
-    """
-    (b, s, heads, _), length, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+    if queries.decoding and q.is_cuda:
+        options = {"window": rule.window, "softcap": rule.softcap, "first": keys.first, "stride": keys.stride}
+        return split_kv.decode(q, k, v, queries.device, rule.scale, **options, part=True)
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty(b, s, heads, v.shape[3])
-    for i in range(b):
-        keys, values = (
-            (x[i] if group == 1 else x[i].repeat_interleave(group, 1)).transpose(0, 1).to(wide) for x in (k, v)
-        )
-        for start in range(0, s, step := plain_rows(heads, s, length)):
-            rows = q[i, start : start + step].transpose(0, 1).to(wide)
-            scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
-            if causal:
-                future = torch.ones(rows.shape[1], length, dtype=torch.bool, device=q.device).triu_(start + 1)
-                scores.masked_fill_(future, float("-inf"))
-                del future
-            weights = torch.softmax(scores, dim=-1)
-            del scores
-            out[i, start : start + step] = torch.bmm(weights, values).transpose(0, 1)
-            del weights  # or the next block would hold both
-        del keys, values
+    out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
+    _by_blocks(q, k, v, queries, rule, keys, out, lse)
+    return out, lse
+
+
+def merge(outs: Tensor, lses: Tensor) -> Tensor:
+    """Attention to all keys from parts: outs [m, b, s, H, u], lses [m, b, s, H] -> [b, s, H, u], all wide.
+
+    A part with -inf counts nothing, whatever its output; where all are -inf the result is 0.
+    """
+    top = lses.amax(0).clamp_min(torch.finfo(lses.dtype).min)
+    weights = torch.exp(lses - top)
+    share = weights / weights.sum(0).clamp_min(torch.finfo(lses.dtype).tiny)
+    return (outs * share[..., None]).sum(0)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule) -> Tensor:
+    """Attention by its definition, for what torch's own does not compute: windows, caps, ragged batches; on a CPU also
+    V's heads narrower than K's, where its fallback holds several copies of all scores.
+    """
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    _by_blocks(q, k, v, queries, rule, ALL, out, None)
     return out
 
 
-def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, position: Position | None) -> None:
-    """Write keys and values [b, s, K, d] into the cache [b, S, K, d]: from 0 on, or at `position` (s = 1)."""
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        if position is None:
-            cache[:, : new.shape[1]] = new
-        else:
-            cache.index_copy_(1, position.device, new)
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, keys: Keys, out: Tensor, lse: Tensor | None
+) -> None:
+    """Fill in `out` [b, s, H, u], and `lse` [b, s, H] if wanted: then queries may see no key, and are left out.
+
+    16-bit inputs are computed in fp32. Scores are held for one sequence and `plain_rows` queries at a time.
+    """
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for i, first in enumerate(queries.starts):
+        seen = visible(Span(first, first + queries.count), keys.before(1 << 62), rule.window, rule.is_causal)
+        low, high = keys.before(seen.start), min(keys.before(seen.stop), k.shape[1])
+        if low == high:
+            continue
+        mine, values = (
+            (x[i] if group == 1 else x[i].repeat_interleave(group, 1)).transpose(0, 1).to(wide)
+            for x in (k[:, low:high], v[:, low:high])
+        )
+        at = torch.arange(low, high, device=q.device) * keys.stride + keys.first
+        for start in range(0, queries.count, step := plain_rows(heads, queries.count, high - low)):
+            rows = q[i, start : start + step].transpose(0, 1).to(wide)
+            scores = capped(torch.bmm(rows, mine.transpose(1, 2)).mul_(rule.scale), rule)
+            positions = torch.arange(first + start, first + start + rows.shape[1], device=q.device)
+            hidden = hidden_keys(positions, at, rule, queries.lengths[i] if queries.lengths else None)
+            if hidden is not None:
+                scores.masked_fill_(hidden, float("-inf"))
+            del hidden
+            block = slice(start, start + rows.shape[1])
+            if lse is None:
+                weights = torch.softmax(scores, dim=-1)
+            else:
+                weights, sums = _guarded_softmax(scores)
+                lse[i, block] = sums.transpose(0, 1)
+            del scores
+            out[i, block] = torch.bmm(weights, values).transpose(0, 1)
+            del weights  # or the next block would hold both
+        del mine, values
 
 
-def empty_result(q: Tensor, v: Tensor) -> Tensor:
-    """What attention gives for no sequences: [0, s, H, dv]."""
-    return torch.empty(0, q.shape[1], q.shape[2], v.shape[3], dtype=q.dtype, device=q.device)
+def _guarded_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [H, s, S] and log-sum-exp [H, s] of scores; zeros and -inf where all are -inf."""
+    limits = torch.finfo(scores.dtype)
+    top = scores.amax(-1, keepdim=True).clamp_min(limits.min)
+    weights = torch.exp(scores - top)
+    norm = weights.sum(-1, keepdim=True)
+    return weights.div_(norm.clamp_min(limits.tiny)), (top + torch.log(norm))[..., 0]
+
+
+def capped(scores: Tensor, rule: Rule) -> Tensor:
+    """Scores with their soft cap, if there is one."""
+    return torch.tanh(scores / rule.softcap) * rule.softcap if rule.softcap else scores
+
+
+def hidden_keys(queries: Tensor, keys: Tensor, rule: Rule, length: int | None = None) -> Tensor | None:
+    """Which keys a query must not see, by positions [..., s] and [S]: bool [..., s, S]; None where it sees all."""
+    if not rule.is_causal:
+        return None if length is None else (keys >= length).expand(len(queries), -1)
+    hidden = keys > queries[..., None]
+    return hidden.logical_or_(keys <= queries[..., None] - rule.window) if rule.window else hidden
+
+
+def store(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> None:
+    """Write keys or values [b, s, K, d] of these queries' positions into the cache [b, S, K, d], which keeps the
+    positions `keys` only.
+    """
+    if not queries.decoding:
+        start = queries.starts[0] if queries.starts else 0
+        first = keys.before(start)
+        offset = keys.first + keys.stride * first - start
+        mine = new[:, offset :: keys.stride]
+        cache[:, first : first + mine.shape[1]] = mine
+        return
+    if not cache.shape[1]:
+        return
+    position = queries.device
+    slot = ((position - keys.first) // keys.stride).clamp_(0, cache.shape[1] - 1)
+    rows = torch.arange(len(new), device=new.device)
+    if keys.stride > 1:  # not a branch by position: a CUDA graph serves every step
+        mine = ((position - keys.first) % keys.stride == 0) & (position >= keys.first)
+        cache[rows, slot] = torch.where(mine[:, None, None], new[:, 0], cache[rows, slot])
+    else:
+        cache[rows, slot] = new[:, 0]

@@ -6,6 +6,7 @@ of layouts, so that predicted and issued traffic come from independent code.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 # torch 2.13 warns about the only name that torch 2.11 has
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,36 @@ def _size_bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
+class _Collective(torch.autograd.Function):
+    """`forward_of(x)`, whose gradient is `back_of(gradient of the result)`: the collective that undoes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward_of: Callable[[Tensor], Tensor], back_of: Callable) -> Tensor:
+        """Run the collective on `x`."""
+        ctx.back_of = back_of
+        return forward_of(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Run the collective that sends gradients the other way."""
+        return ctx.back_of(grads[0]), None, None
+
+
+def _differentiated(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _view(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
 class Axis:
-    """One group of ranks along a mesh axis, seen from one of its members. A group of one does nothing at all."""
+    """One group of ranks along a mesh axis, seen from one of its members. A group of one does nothing at all.
+
+    Where gradients are wanted, each call has the collective for its backward pass. `alike` says that all ranks go on
+    to do the same with the result, so that their gradients are equal; else each does a part of the work, and
+    gradients are summed (Megatron-LM's f and g; Shoeybi et al. 2019).
+    """
 
     def __init__(self, name: str, ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None) -> None:
         """`ranks` are global ranks in axis order, `rank` is this one; `group` may be None for a single rank."""
@@ -63,61 +93,121 @@ class Axis:
             observer.after(issued, result)
         return result
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor, *, alike: bool = True) -> Tensor:
         """Sum of `x` over the axis, in place and returned. `x` contiguous, any shape, equal on all ranks."""
         if self.size == 1:
             return x
+        if _differentiated(x):
+            back = (lambda grad: grad) if alike else self._sum_copy
+            return _Collective.apply(x, self._sum_copy, back)
+        return self._sum(x)
+
+    def _sum(self, x: Tensor) -> Tensor:
         issued = self._issue("all_reduce", 2 * (self.size - 1) * _size_bytes(x) // self.size)
         dist.all_reduce(x, group=self.group)
         return self._done(issued, x)
 
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    def _sum_copy(self, x: Tensor) -> Tensor:
+        return self._sum(x.clone(memory_format=torch.contiguous_format))
+
+    def fan_out(self, x: Tensor) -> Tensor:
+        """`x` itself, the same on all ranks, each of which goes on to use it for a part of the work.
+
+        Nothing is sent but in backward, where the gradients of the parts are summed.
+        """
+        return _Collective.apply(x, _view, self._sum_copy) if self.size > 1 and _differentiated(x) else x
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], *, alike: bool = False) -> Tensor:
         """The parts of all ranks in axis order, flat: rank r contributes `sizes[r]` elements. `x` flat, contiguous."""
         if self.size == 1:
             return x
-        issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
-        out = x.new_empty(sum(sizes))
-        self._gather(out, x, sizes, async_op=False)
-        return self._done(issued, out)
+        if _differentiated(x):
+            return _Collective.apply(x, partial(self._gather, sizes=sizes), self._back_of_gather(sizes, alike))
+        return self._gather(x, sizes)
+
+    def _back_of_gather(self, sizes: Sequence[int], alike: bool) -> Callable[[Tensor], Tensor]:
+        if alike:
+            return lambda grad: grad.split(list(sizes))[self.index]
+        return partial(self._scatter_sum, sizes=sizes)
 
     def start_all_gather(self, x: Tensor, sizes: Sequence[int]) -> "Receipt":
         """Begin `all_gather`; the result is there after `wait`. Leave `x` alone until then."""
         issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x), overlapped=True)
         out = x.new_empty(sum(sizes))
-        work = self._gather(out, x, sizes, async_op=True)
+        work = self._start_gather(out, x.detach(), sizes, async_op=True)
         assert work is not None
-        return Receipt(self, issued, work, out)
+        back = self._back_of_gather(sizes, alike=False) if _differentiated(x) else None
+        return Receipt(self, issued, work, out, x, back)
 
-    def _gather(self, out: Tensor, x: Tensor, sizes: Sequence[int], *, async_op: bool) -> dist.Work | None:
+    def _gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        x = x.contiguous()
+        issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
+        out = x.new_empty(sum(sizes))
+        self._start_gather(out, x, sizes, async_op=False)
+        return self._done(issued, out)
+
+    def _start_gather(self, out: Tensor, x: Tensor, sizes: Sequence[int], *, async_op: bool) -> dist.Work | None:
         if len(set(sizes)) == 1:
             return _all_gather(out, x, group=self.group, async_op=async_op)
         # gloo refuses uneven all-gathers; its uneven all-to-all works
         repeated, splits = x.repeat(self.size), [x.numel()] * self.size
         return dist.all_to_all_single(out, repeated, list(sizes), splits, group=self.group, async_op=async_op)
 
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """This rank's `sizes[index]` elements of the sum of flat `x` over the axis. `x` contiguous.
+
+        Uneven parts travel by all-to-all and are summed here, in fp32 or wider.
+        """
+        if self.size == 1:
+            return x
+        if _differentiated(x):
+            run, back = partial(self._scatter_sum, sizes=sizes), partial(self._gather, sizes=sizes)
+            return _Collective.apply(x, run, back)
+        return self._scatter_sum(x, sizes)
+
+    def _scatter_sum(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        x, mine = x.contiguous(), sizes[self.index]
+        issued = self._issue("reduce_scatter", (x.numel() - mine) * x.element_size())
+        if len(set(sizes)) == 1:
+            out = x.new_empty(mine)
+            _reduce_scatter(out, x, group=self.group)
+        else:
+            parts = x.new_empty(mine * self.size)
+            dist.all_to_all_single(parts, x, [mine] * self.size, list(sizes), group=self.group)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            out = parts.view(self.size, mine).sum(0, dtype=wide).to(x.dtype)
+        return self._done(issued, out)
+
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """`send[r]` elements of flat `x` go to rank r; the `receive[r]` that come from it, in axis order, flat."""
         if self.size == 1:
             return x
+        if _differentiated(x):
+            run = partial(self._exchange, send=send, receive=receive)
+            return _Collective.apply(x, run, partial(self._exchange, send=receive, receive=send))
+        return self._exchange(x, send, receive)
+
+    def _exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        x = x.contiguous()
         issued = self._issue("all_to_all", (x.numel() - send[self.index]) * x.element_size())
         out = x.new_empty(sum(receive))
         dist.all_to_all_single(out, x, list(receive), list(send), group=self.group)
         return self._done(issued, out)
 
-    def start_send(self, x: Tensor, to: int) -> dist.Work:
-        """Begin to send `x` to axis position `to`. Keep `x` unchanged until the work is waited for."""
+    def start_send(self, x: Tensor, to: int) -> dist.Work | None:
+        """Begin to send `x` to axis position `to`. Keep `x` unchanged until the work is waited for; none if empty."""
+        if not x.numel():
+            return None
         issued = self._issue("send", _size_bytes(x), overlapped=True)
         self._done(issued, x)  # an observer that corrupts the payload must act before it leaves
-        work = dist.isend(x, self.ranks[to], group=self.group)
-        assert work is not None
-        return work
+        return dist.isend(x, self.ranks[to], group=self.group)
 
     def start_receive(self, out: Tensor, source: int) -> "Receipt":
-        """Begin to receive `out` from axis position `source`."""
+        """Begin to receive `out` from axis position `source`; nothing travels where it is empty."""
+        if not out.numel():
+            return Receipt(self, Issued("recv", self.name, 0, overlapped=True), None, out)
         issued = self._issue("recv", _size_bytes(out), overlapped=True)
-        work = dist.irecv(out, self.ranks[source], group=self.group)
-        assert work is not None
-        return Receipt(self, issued, work, out)
+        return Receipt(self, issued, dist.irecv(out, self.ranks[source], group=self.group), out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +216,20 @@ class Receipt:
 
     axis: Axis
     issued: Issued
-    work: dist.Work
+    work: dist.Work | None
     out: Tensor
+    sent: Tensor | None = None
+    back: Callable[[Tensor], Tensor] | None = None
 
     def wait(self) -> Tensor:
         """The message, once it has arrived (on CUDA: once the current stream may use it)."""
+        if self.back is not None:
+            return _Collective.apply(self.sent, lambda _: self._arrived(), self.back)
+        return self._arrived()
+
+    def _arrived(self) -> Tensor:
+        if self.work is None:
+            return self.out
         self.work.wait()
         return self.axis._done(self.issued, self.out)
 

@@ -9,20 +9,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from headgrid.layout.batching import (
+    Call,
     MicroBatch,
     decode_micro_batches,
     owned_rows,
-    prefill_micro_batches,
+    prefill_calls,
     replica_rows,
 )
 from headgrid.layout.layout import Layout
 from headgrid.layout.memory import cache_shape
-from headgrid.runtime.attention import Position
+from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import carve
 from headgrid.runtime.collectives import Receipt
 from headgrid.runtime.gathered import GatheredPrefill
 from headgrid.runtime.mesh import Mesh
-from headgrid.runtime.stage import Stage, Weights
+from headgrid.runtime.stage import Stage, StageCall, Weights, prefill_call
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -50,63 +51,81 @@ class Engine:
     """Runs one layout of a model on this rank. All ranks of the layout must call the same methods in turn."""
 
     def __init__(
-        self, model: ModelSpec, layout: Layout, workload: Workload, mesh: Mesh, weights: Weights, arena: Tensor
+        self,
+        model: ModelSpec,
+        layout: Layout,
+        workload: Workload,
+        mesh: Mesh,
+        weights: Weights,
+        arena: Tensor,
+        stop_token: int | None = None,
     ) -> None:
-        """`weights` as from `stage.load`; `arena` flat, with at least the cache's elements."""
+        """`weights` as from `stage.load`; `arena` flat, with at least the cache's elements. A sequence that has chosen
+        `stop_token` repeats it from then on.
+        """
         self.model, self.layout, self.workload, self.mesh = model, layout, workload, mesh
-        cache = carve(arena, cache_shape(model, layout, workload, mesh.rank))
+        self.cache = carve(arena, cache_shape(model, layout, workload, mesh.rank))
         owned = owned_rows(layout, workload.batch, mesh.rank)
-        self.stage = Stage(model, layout, mesh.stage, weights, cache, owned)
+        self.stage = Stage(model, layout, mesh.stage, weights, self.cache, owned)
         gathered = layout.weights == "gathered"
         self.gathered = GatheredPrefill(model, layout, mesh, self.stage, workload) if gathered else None
         self.device = self.stage.device
         self.rows = replica_rows(layout, workload.batch)[mesh.at.dp]
-        self.prefill_plan = prefill_micro_batches(layout, workload, mesh.at.dp)
+        self.lengths = workload.lengths[self.rows.start : self.rows.stop]
+        self.prefill_plan = prefill_calls(layout, workload, mesh.at.dp)
         self.decode_plan = decode_micro_batches(layout, workload, mesh.at.dp)
         self.tokens = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
         self.logits = torch.zeros(len(self.rows), model.vocab_size, dtype=self.stage.dtype, device=self.device)
-        self._position = Position(0, torch.zeros(1, dtype=torch.int64, device=self.device))
-        self._local = {mb: self._replica_index(mb) for mb in (*self.prefill_plan, *self.decode_plan)}
-        self._hidden = [self._hidden_buffer(mb.size, 1) for mb in self.decode_plan]
+        self.stop_token, self.ended = stop_token, torch.zeros_like(self.tokens, dtype=torch.bool)
+        self._steps, self._positions = 0, torch.zeros_like(self.tokens)
+        plans = {*(call.micro_batch for call in self.prefill_plan), *self.decode_plan}
+        self._local = {mb: self._replica_index(mb) for mb in plans}
+        self._hidden = [self._hidden_buffer(len(self.stage.residual.own(mb.size))) for mb in self.decode_plan]
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[tuple[dist.Work | None, Tensor]] = []
 
     def _replica_index(self, micro_batch: MicroBatch) -> Tensor:
         rows = [row - self.rows.start for row in micro_batch.rows()]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    def _hidden_buffer(self, rows: int, queries: int) -> Tensor:
-        shape = (rows, queries, self.model.hidden_size)
-        return torch.empty(shape, dtype=self.stage.dtype, device=self.device)
+    def _hidden_buffer(self, tokens: int) -> Tensor:
+        return torch.empty(tokens, self.model.hidden_size, dtype=self.stage.residual_dtype, device=self.device)
 
-    def _prefill_rows(self, mb: MicroBatch) -> int:
-        """Sequences of a micro-batch whose hidden states this rank holds in prefill."""
-        return mb.size if self.gathered is None else len(mb.parts[self.mesh.at.slice])
+    def _prefill_tokens(self, call: Call) -> int:
+        """Tokens of a call whose hidden states this rank holds."""
+        if self.gathered is not None:
+            return self.gathered.hidden_tokens(call.micro_batch)
+        return len(self.stage.residual.own(call.micro_batch.size * len(call.positions)))
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor, observe: StageObserver | None = None) -> None:
         """Run all prompts [batch, seq] (the same on every rank, int64), fill the cache, choose the first tokens.
 
-        On the last stage `logits` [rows, vocab_size] and `tokens` [rows] of this replica's rows are set; the first
-        stage gets the tokens.
+        Of a prompt shorter than seq the rest may hold any ids. On the last stage `logits` [rows, vocab_size] and
+        `tokens` [rows] of this replica's rows are set; the first stage gets the tokens.
         """
         mine = prompts[self.rows.start : self.rows.stop].to(self.device)
-        queries = prompts.shape[1]
-        arriving = self._expect(self._prefill_rows(self.prefill_plan[0]), queries)
-        for k, mb in enumerate(self.prefill_plan):
-            x = mine.index_select(0, self._local[mb]) if self.stage.first else _arrived(arriving)
+        self.ended.zero_()
+        arriving = self._expect(self._prefill_tokens(self.prefill_plan[0]))
+        for k, call in enumerate(self.prefill_plan):
+            x = self._ids(mine, call) if self.stage.first else _arrived(arriving)
             if k + 1 < len(self.prefill_plan):
-                arriving = self._expect(self._prefill_rows(self.prefill_plan[k + 1]), queries)
-            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, mb=mb: self._prefill_stage(x, mb)), mb)
-        self._set_position(queries)
+                arriving = self._expect(self._prefill_tokens(self.prefill_plan[k + 1]))
+            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, c=call: self._prefill_stage(x, c)), call)
+        self._set_steps(0)
         if self.stage.last:
             self._return_tokens(self.tokens)
         elif self.stage.first:
             self.tokens.copy_(self._expect_tokens(len(self.rows)).wait())
         self._finish_sends()
 
-    def _prefill_stage(self, x: Tensor, mb: MicroBatch) -> Tensor:
-        return self.stage.forward(x, mb, None) if self.gathered is None else self.gathered.forward(x, mb)
+    def _ids(self, prompts: Tensor, call: Call) -> Tensor:
+        return prompts[:, call.positions.start : call.positions.stop].index_select(0, self._local[call.micro_batch])
+
+    def _prefill_stage(self, x: Tensor, call: Call) -> Tensor:
+        if self.gathered is not None:
+            return self.gathered.forward(x, call.micro_batch)
+        return self.stage.forward(x, prefill_call(self.model, self.workload, call, self.device))
 
     @torch.inference_mode()
     def decode(self, steps: int, *, keep_logits: bool = False, observe: StageObserver | None = None) -> Decoded:
@@ -119,15 +138,17 @@ class Engine:
         logits: list[Tensor] = []
         work = [(step, k) for step in range(steps) for k in range(len(self.decode_plan))]
         returning: dict[int, Receipt] = {}
-        arriving = self._expect(self.decode_plan[0].size, 1)
+        if not self.model.is_causal or self._steps + steps > self.workload.decode_steps:
+            raise ValueError(f"{self._steps} + {steps} steps, and the cache has room for {self.workload.decode_steps}")
+        arriving = self._expect(len(self._hidden[0])) if steps else None
         for n, (step, k) in enumerate(work):
             mb = self.decode_plan[k]
             if k == 0 and step:
-                self._set_position(self._position.host + 1)
+                self._set_steps(self._steps + 1)
             if not self.stage.first:
                 self._hidden[k].copy_(_arrived(arriving))
             if n + 1 < len(work):
-                arriving = self._expect(self.decode_plan[work[n + 1][1]].size, 1)
+                arriving = self._expect(len(self._hidden[work[n + 1][1]]))
             if k in returning:
                 self._put_tokens(mb, returning.pop(k))
             _observed(observe, "decode", k, step, lambda k=k: self._compute(k))
@@ -142,7 +163,7 @@ class Engine:
                     logits += [self.logits.clone()] * keep_logits
         for k, receipt in returning.items():
             self._put_tokens(self.decode_plan[k], receipt)
-        self._set_position(self._position.host + 1)
+        self._set_steps(self._steps + min(1, steps))
         self._finish_sends()
         empty = self.tokens.new_empty(0, len(self.rows))
         return Decoded(torch.stack(tokens) if tokens else empty, torch.stack(logits) if logits else None)
@@ -164,34 +185,50 @@ class Engine:
 
     def _eager(self, k: int) -> Tensor:
         """Decode micro-batch k: from `tokens` or `_hidden[k]` to `_hidden[k]` or `tokens` and `logits`, in place."""
-        mb = self.decode_plan[k]
-        x = self.tokens.index_select(0, self._local[mb])[:, None] if self.stage.first else self._hidden[k]
-        y = self.stage.forward(x, mb, self._position)
+        mb, local = self.decode_plan[k], self._local[self.decode_plan[k]]
+        x = self.tokens.index_select(0, local)[:, None] if self.stage.first else self._hidden[k]
+        starts = tuple(self.lengths[row - self.rows.start] + self._steps for row in mb.rows())
+        queries = Queries(1, starts, self._positions.index_select(0, local), decoding=True)
+        y = self.stage.forward(x, StageCall(mb, queries, range(mb.size)))
         if self.stage.last:
-            self._choose(y, mb)
+            self._choose(y, local)
         elif self.stage.first:
             self._hidden[k].copy_(y)
         return y
 
-    def _choose(self, logits: Tensor, mb: MicroBatch) -> None:
-        """Keep the logits [b, vocab_size] of these rows and their greedy tokens."""
-        self.logits.index_copy_(0, self._local[mb], logits)
-        self.tokens.index_copy_(0, self._local[mb], logits.argmax(-1))
+    def _choose(self, logits: Tensor, local: Tensor) -> None:
+        """Keep the logits [b, vocab_size] of these rows of the replica and their greedy tokens."""
+        tokens = logits.argmax(-1)
+        if self.stop_token is not None:
+            ended = self.ended.index_select(0, local)
+            tokens = tokens.masked_fill(ended, self.stop_token)
+            self.ended.index_copy_(0, local, ended | (tokens == self.stop_token))
+        self.logits.index_copy_(0, local, logits)
+        self.tokens.index_copy_(0, local, tokens)
 
-    def _hand_on(self, y: Tensor, mb: MicroBatch) -> None:
-        if self.stage.last:
-            self._choose(y, mb)
-        else:
+    def _hand_on(self, y: Tensor, call: Call) -> None:
+        if not self.stage.last:
             self._send(y)
+            return
+        ending = call.ending(self.workload)
+        if ending:
+            local = self._local[call.micro_batch]
+            all_end = len(ending) == len(local)
+            self._choose(y, local if all_end else local[torch.tensor(ending, device=self.device)])
 
-    def _set_position(self, host: int) -> None:
-        self._position = Position(host, self._position.device.fill_(host))
+    def _set_steps(self, steps: int) -> None:
+        """Every sequence has so many tokens behind its prompt."""
+        if not steps:
+            self._positions.copy_(torch.tensor(self.lengths))
+        elif steps > self._steps:
+            self._positions += steps - self._steps
+        self._steps = steps
 
-    def _expect(self, rows: int, queries: int) -> Receipt | None:
-        """Post the receive of a micro-batch's hidden states before they are needed."""
+    def _expect(self, tokens: int) -> Receipt | None:
+        """Post the receive of a call's hidden states before they are needed."""
         if self.stage.first:
             return None
-        return self.mesh.pp.start_receive(self._hidden_buffer(rows, queries), self.mesh.at.pp - 1)
+        return self.mesh.pp.start_receive(self._hidden_buffer(tokens), self.mesh.at.pp - 1)
 
     def _send(self, x: Tensor) -> None:
         self._sent.append((self.mesh.pp.start_send(x, self.mesh.at.pp + 1), x))
@@ -201,7 +238,8 @@ class Engine:
     def _finish_sends(self, keep: int = 0) -> None:
         while len(self._sent) > keep:
             work, _ = self._sent.pop(0)
-            work.wait()
+            if work is not None:
+                work.wait()
 
     def _return_tokens(self, tokens: Tensor) -> None:
         if self.layout.pp > 1:

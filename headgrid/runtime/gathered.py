@@ -9,19 +9,18 @@ All of a micro-batch's sequences pass a layer before the next layer is gathered:
 weights, is paid once for all of them.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from headgrid.layout.batching import MicroBatch, chunks
+from headgrid.layout.batching import Call, MicroBatch, pieces
 from headgrid.layout.layout import Layout
 from headgrid.layout.shards import head_shards
 from headgrid.layout.span import Span
+from headgrid.layout.traffic import over_heads
 from headgrid.runtime.collectives import Receipt
 from headgrid.runtime.exchange import Slices
 from headgrid.runtime.mesh import Mesh
-from headgrid.runtime.stage import Layer, Stage
+from headgrid.runtime.stage import Layer, Stage, StageCall, prefill_call
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -29,11 +28,22 @@ from headgrid.spec.workload import Workload
 class GatheredPrefill:
     """Runs the prefill of a stage whose layout says `gathered`, on the weights and the cache of `stage`."""
 
-    def __init__(self, model: ModelSpec, layout: Layout, mesh: Mesh, stage: Stage, workload: Workload) -> None:
-        """`stage` owns the slices; it does the decoding."""
+    def __init__(
+        self,
+        model: ModelSpec,
+        layout: Layout,
+        mesh: Mesh,
+        stage: Stage,
+        workload: Workload,
+        *,
+        every_token: bool = False,
+    ) -> None:
+        """`stage` owns the slices; it does the decoding. Logits are of prompts' last tokens, or of every token."""
+        self.every_token = every_token
         self.stage, self.workload, self.slice = stage, workload, mesh.tp_slice
-        whole = replace(layout, num_dim_slices=1, exchange="none", weights="stationary")
-        self.over_heads = Stage(model, whole, mesh.stage_over_heads, stage.weights, stage.cache, stage.owned)
+        self.over_heads = Stage(
+            model, over_heads(layout), mesh.stage_over_heads, stage.weights, stage.cache, stage.owned
+        )
         m, first = layout.num_dim_slices, mesh.at.head_group * layout.num_dim_slices
         owners = head_shards(model, layout)[first : first + m]
         if model.positions == "rotary":  # gathered channels stay in slice order, as the exchange `batch` caches them
@@ -41,50 +51,82 @@ class GatheredPrefill:
         vocab = stage.vocab[first : first + m]
         self.vocab, self.vocab_sizes = Span(vocab[0].start, vocab[-1].stop), [len(span) for span in vocab]
 
+    def pieces(self, micro_batch: MicroBatch) -> list[StageCall]:
+        """This slice's own sequences of a micro-batch, in the pieces in which a layer computes them."""
+        mine, stage = micro_batch.parts[self.slice.index], self.stage
+        calls = [Call(MicroBatch((rows.shift(mine.start),)), span) for rows, span in pieces(len(mine), self.workload)]
+        return [
+            prefill_call(stage.model, self.workload, call, stage.device, every_token=self.every_token) for call in calls
+        ]
+
+    def hidden_tokens(self, micro_batch: MicroBatch) -> int:
+        """Tokens of a micro-batch whose hidden states this rank holds."""
+        return sum(len(self.over_heads.residual.own(piece.tokens)) for piece in self.pieces(micro_batch))
+
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """A micro-batch through this stage: every slice computes the sequences of its own part, b_j of b.
 
-        `x`: token ids [b, s] of all parts on the first stage, else hidden states [b_j, s, D], overwritten. Returns
-        hidden states [b_j, s, D], or on the last stage the logits of all parts' last positions [b, vocab_size].
+        `x`: token ids [b, s] of all parts on the first stage, else hidden states of this rank's tokens, piece by piece,
+        overwritten. Returns such hidden states, or on the last stage the logits of all parts' last tokens [b, vocab]
+        (of every token: [b s, vocab]).
         """
-        mine = micro_batch.parts[self.slice.index]
+        mine, calls = micro_batch.parts[self.slice.index], self.pieces(micro_batch)
         pending = self._start(self.stage.layers[0])
         if self.stage.first:
-            x = self._embed(x.split([len(part) for part in micro_batch.parts])[self.slice.index])
-        pieces = chunks(len(mine), self.workload)
+            x = self._embed(x.split([len(part) for part in micro_batch.parts])[self.slice.index], mine, calls)
+        parts = list(x.split([len(self.over_heads.residual.own(call.tokens)) for call in calls]))
         for index in range(len(self.stage.layers)):
             layer = self._assemble(self.stage.layers[index], pending)
             if index + 1 < len(self.stage.layers):
                 pending = self._start(self.stage.layers[index + 1])
-            for piece in pieces:
-                part = MicroBatch((piece.shift(mine.start),))
-                self.over_heads.apply(layer, index, x[piece.start : piece.stop], part, None)
+            for k, call in enumerate(calls):
+                parts[k] = self.over_heads.apply(layer, index, parts[k], call)
             del layer
-        return self._logits(x, micro_batch) if self.stage.last else x
+        if self.stage.last:
+            return self._logits(parts, calls, micro_batch)
+        return torch.cat(parts) if torch.is_grad_enabled() else x
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """This slice's sequences [b_j, s] -> [b_j, s, D]; the group's part of the vocabulary is gathered for it."""
+    def _embed(self, tokens: Tensor, mine: Span, calls: list[StageCall]) -> Tensor:
+        """This slice's sequences [b_j, s] -> hidden states; the group's part of the vocabulary is gathered for it."""
         table = self.stage.weights["embedding.weight"]
         sizes = [size * table.shape[1] for size in self.vocab_sizes]
         table = self.slice.all_gather(table.view(-1), sizes).view(-1, table.shape[1])
-        if not len(tokens):
-            return table.new_empty(*tokens.shape, table.shape[1])
-        return self.over_heads.embed(tokens, table, self.vocab, None)
+        parts = []
+        for call in calls:
+            rows, start = call.micro_batch.parts[0].within(mine), call.queries.starts[0]
+            ids = tokens[rows.start : rows.stop, start : start + call.queries.count]
+            parts.append(self.over_heads.embed(ids, table, self.vocab, call.queries))
+        return torch.cat(parts) if parts else self._nothing(table)
 
-    def _logits(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """All slices' last positions are gathered (few), then the stored slices of the head give the logits."""
-        last = self.stage.final_norm(x)
-        width = last.shape[1]
-        return self.stage.head(
-            self.slice.all_gather(last.reshape(-1), [len(part) * width for part in micro_batch.parts]).view(-1, width)
-        )
+    def _nothing(self, table: Tensor) -> Tensor:
+        """Hidden states of no tokens, with a gradient (none) for the gathered table."""
+        return table[:0].clone().to(self.stage.residual_dtype)  # a view would keep the whole table
+
+    def _logits(self, parts: list[Tensor], calls: list[StageCall], micro_batch: MicroBatch) -> Tensor:
+        """All slices' ending tokens are gathered, then the stored slices of the head give the logits."""
+        mine = micro_batch.parts[self.slice.index]
+        last: list[Tensor] = []
+        rows: list[int] = []
+        for part, call in zip(parts, calls, strict=True):
+            if call.ending:
+                last.append(self.over_heads.final_norm(part, call))
+                first = call.micro_batch.parts[0].within(mine).start
+                rows += [first + place // call.queries.count for place in call.ending]
+        width, device = self.stage.model.hidden_size, self.stage.device
+        own = torch.cat(last) if last else torch.empty(0, width, dtype=self.stage.dtype, device=device)
+        if rows != sorted(rows):  # pieces of a prompt come one after the other, so short prompts end first
+            own = own[torch.tensor(rows, device=device).argsort(stable=True)]
+        each = self.workload.seq if self.every_token else 1
+        sizes = [len(part) * each * width for part in micro_batch.parts]
+        return self.stage.head(self.slice.all_gather(own.reshape(-1), sizes, alike=True).view(-1, width))
 
     def _start(self, layer: Layer) -> dict[str, Receipt]:
-        """Begin to gather the slices of the four matrices, and of the biases that are cut like them."""
+        """Begin to gather the slices of the four matrices, and of biases and head norms, which are cut like them."""
         parts = {"qkv": layer.qkv[0], "o": layer.o[0], "up": layer.up[0], "down": layer.down[0]}
         parts |= {
             f"{name} bias": bias for name, bias in (("qkv", layer.qkv[1]), ("up", layer.up[1])) if bias is not None
         }
+        parts |= {f"{name} norm": norm for name, norm in (("q", layer.q_norm), ("k", layer.k_norm)) if norm is not None}
         return {
             name: self.slice.start_all_gather(part.view(-1), self._sizes(name, part)) for name, part in parts.items()
         }
@@ -95,8 +137,10 @@ class GatheredPrefill:
         return [part.numel() // widths[self.slice.index] * width for width in widths]
 
     def _widths(self, name: str) -> list[int]:
-        """Rows of qkv, columns of o, or units of the MLP, in each slice."""
+        """Rows of qkv, columns of o, channels of a head or units of the MLP, in each slice."""
         slices = self.stage.slices
+        if name in ("q", "k"):
+            return list(slices.qk_widths)
         if name == "qkv":
             return slices.row_widths
         return [slices.heads * u for u in slices.v_widths] if name == "o" else self.stage.units
@@ -121,7 +165,10 @@ class GatheredPrefill:
         up = pending.pop("up").wait().view(-1, hidden)
         up_bias = pending.pop("up bias").wait() if layer.up[1] is not None else None
         down = torch.cat([part.view(hidden, -1) for part in arrived("down")], dim=-1)
-        return Layer(layer.attention_norm, qkv, (o, layer.o[1]), layer.mlp_norm, (up, up_bias), (down, layer.down[1]))
+        norms = (pending.pop(f"{name} norm").wait() if layer.q_norm is not None else None for name in "qk")
+        return Layer(
+            layer.attention_norm, qkv, (o, layer.o[1]), layer.mlp_norm, (up, up_bias), (down, layer.down[1]), *norms
+        )
 
 
 def _heads_together(slices: Slices, blocks: list[Tensor]) -> Tensor:
@@ -129,12 +176,11 @@ def _heads_together(slices: Slices, blocks: list[Tensor]) -> Tensor:
     heads, kv = slices.heads, slices.kv_heads
     d, width = sum(slices.qk_widths), blocks[0].shape[1]
     whole = blocks[0].new_empty((heads + 2 * kv) * d, width)
-    qk, v = whole.split([(heads + kv) * d, kv * d])
-    qk, v = qk.view(heads + kv, d, width), v.view(kv, d, width)
-    for block, qk_part, v_part in zip(
-        blocks, qk.split(list(slices.qk_widths), dim=1), v.split(list(slices.v_widths), dim=1), strict=True
-    ):
-        of_qk, of_v = block.split([qk_part.shape[0] * qk_part.shape[1], v_part.shape[0] * v_part.shape[1]])
-        qk_part.copy_(of_qk.view_as(qk_part))
-        v_part.copy_(of_v.view_as(v_part))
+    qk, v = whole[: (heads + kv) * d].view(-1, d, width), whole[(heads + kv) * d :].view(kv, d, width)
+    at_qk, at_v = 0, 0
+    for block, w, u in zip(blocks, slices.qk_widths, slices.v_widths, strict=True):
+        of_qk, of_v = block.split([(heads + kv) * w, kv * u])
+        qk[:, at_qk : at_qk + w] = of_qk.view(-1, w, width)
+        v[:, at_v : at_v + u] = of_v.view(kv, u, width)
+        at_qk, at_v = at_qk + w, at_v + u
     return whole

@@ -45,6 +45,8 @@ def _key(seed: int, name: str) -> int:
 def distribution(model: ModelSpec, name: str) -> tuple[float, float]:
     """Mean and standard deviation of the elements of tensor `name`."""
     part, kind = name.split(".")[-2:]
+    if part in ("q_norm", "k_norm"):  # scores of normed heads have a deviation of the product of both means
+        return model.attention_gain, 0.1 * model.attention_gain
     if part == "norm":  # not constant, so that a norm applied to the wrong channels shows
         return (1.0, 0.1) if kind == "weight" else (0.0, 0.1)
     if kind == "bias":

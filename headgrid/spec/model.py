@@ -1,6 +1,7 @@
 """The transformer as a value: sizes and choices, nothing executable."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -32,6 +33,20 @@ class ModelSpec:
     linear_bias: bool = False
     """Biases on every linear layer except the head (GPT-2 has them)."""
     tied_embeddings: bool = False
+    is_causal: bool = True
+    """False: every position attends to the whole sequence, as encoders do; such a model is not decoded."""
+    rotary_dim: int = 0
+    """Leading channels of a head that rotary positions turn (GPT-NeoX, Phi); 0 means all of them."""
+    attention_scale: float | None = None
+    """Factor of the scores; None means 1/sqrt(head_dim)."""
+    attn_logit_softcapping: float = 0.0
+    """Scores become cap x tanh(score / cap) (Gemma 2); 0 means they stay."""
+    sliding_window: int = 0
+    """Keys that a query sees, itself included (Mistral); 0 means all before it."""
+    full_attention_every: int = 0
+    """Every so many-th layer has no sliding window (2: Gemma 2, 6: Gemma 3); 0 means none is without."""
+    qk_norm: bool = False
+    """An RMS norm over each Q and each K head before rotary positions, with a weight of head_dim (Qwen 3)."""
     attention_gain: float = 1.0
     """Standard deviation of freshly drawn W_Q and W_K times sqrt(hidden_size).
 
@@ -51,8 +66,35 @@ class ModelSpec:
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly",
                 numbers=f"{self.num_heads} % {self.num_kv_heads} = {self.num_heads % self.num_kv_heads}",
             )
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise InvalidInput(f"rotary positions need an even head_dim, not {self.head_dim}")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self.rotated_dim % 2 or self.rotated_dim > self.head_dim:
+            raise InvalidInput(
+                f"rotary positions turn pairs of channels: {self.rotated_dim} of head_dim {self.head_dim} cannot be"
+            )
+        for field in ("rotary_dim", "sliding_window", "full_attention_every", "attn_logit_softcapping"):
+            if getattr(self, field) < 0:
+                raise InvalidInput(f"{field} = {getattr(self, field)} is negative", legal=("0 for none",))
+        if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
+            raise InvalidInput(f"attention_scale = {self.attention_scale} is not a positive number")
+        if self.sliding_window and not self.is_causal:
+            raise InvalidInput("a sliding window looks back, and a bidirectional model looks both ways")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores: of the whole head, whatever part of it a device holds."""
+        return 1 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale
+
+    @property
+    def rotated_dim(self) -> int:
+        """Leading channels of a head that rotary positions turn; 0 where positions are learned."""
+        return 0 if self.positions != "rotary" else self.rotary_dim or self.head_dim
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of this layer sees, itself included; 0 means all before it."""
+        full = self.full_attention_every and (layer + 1) % self.full_attention_every == 0
+        return 0 if full else self.sliding_window
 
     @property
     def num_parameters(self) -> int:
@@ -60,7 +102,7 @@ class ModelSpec:
         h, q, kv, f = self.hidden_size, self.num_heads, self.num_kv_heads, self.mlp_hidden_size
         attention = h * self.head_dim * (2 * q + 2 * kv)
         biases = (self.head_dim * (q + 2 * kv) + h + f + h) if self.linear_bias else 0
-        layer = attention + 2 * h * f + 4 * h + biases
+        layer = attention + 2 * h * f + 4 * h + biases + (2 * self.head_dim if self.qk_norm else 0)
         tables = self.vocab_size * (1 if self.tied_embeddings else 2) + (
             self.max_positions if self.positions == "learned" else 0
         )

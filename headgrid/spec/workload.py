@@ -15,6 +15,8 @@ class Workload:
 
     `chunk_tokens` bounds the tokens of one forward call in prefill, so that activations stay small: a call takes
     whole sequences, as many as fit and at least one (or one for each slice where the exchange is over the batch).
+    With `chunk_positions` a prompt passes in calls of at most so many positions, one after the other (chunked
+    prefill). `prompt_lengths` are the prompts' own lengths where they differ: `seq` is then the room for each.
     """
 
     batch: int
@@ -22,13 +24,27 @@ class Workload:
     decode_steps: int
     dtype: DType = "float32"
     chunk_tokens: int = 16_384
+    chunk_positions: int = 0
+    prompt_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise InvalidInput for sizes or dtypes that cannot be run."""
-        for field in ("batch", "seq", "decode_steps", "chunk_tokens"):
+        for field, least in (
+            ("batch", 1),
+            ("seq", 1),
+            ("decode_steps", 0),
+            ("chunk_tokens", 1),
+            ("chunk_positions", 0),
+        ):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInput(f"{field} = {value!r} is not a positive whole number")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                kind = "positive whole number" if least else "whole number from 0 on"
+                raise InvalidInput(f"{field} = {value!r} is not a {kind}")
+        object.__setattr__(self, "prompt_lengths", tuple(self.prompt_lengths))  # JSON has lists only
+        if self.prompt_lengths and len(self.prompt_lengths) != self.batch:
+            raise InvalidInput(f"{len(self.prompt_lengths)} prompt lengths for {self.batch} sequences")
+        if any(not 1 <= length <= self.seq for length in self.prompt_lengths):
+            raise InvalidInput(f"a prompt has 1 to {self.seq} tokens", numbers=f"lengths {self.prompt_lengths}")
         if self.dtype not in ELEMENT_BYTES:
             raise InvalidInput(f"dtype {self.dtype!r} is not known", legal=tuple(ELEMENT_BYTES))
 
@@ -41,3 +57,12 @@ class Workload:
     def cache_positions(self) -> int:
         """Key positions that the KV cache must hold: the prompt and one for each decode step."""
         return self.seq + self.decode_steps
+
+    def length(self, row: int) -> int:
+        """Tokens of the prompt in this row of the batch."""
+        return self.prompt_lengths[row] if self.prompt_lengths else self.seq
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt."""
+        return self.prompt_lengths or (self.seq,) * self.batch

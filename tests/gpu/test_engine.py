@@ -1,5 +1,7 @@
 """The engine on one GPU, eager and as CUDA graphs, against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,10 +23,22 @@ pytestmark = [
 ]
 
 
+VARIANTS = {
+    "as it is": {},
+    "window": {"sliding_window": 20, "full_attention_every": 2},
+    "cap": {"attn_logit_softcapping": 5.0, "attention_scale": 0.3},
+    "head norms": {"qk_norm": True, "linear_bias": True},
+    "partly rotary": {"positions": "rotary", "rotary_dim": 4},
+}
+WORKLOADS = {"even": {}, "ragged, in chunks": {"prompt_lengths": (70, 1, 33), "chunk_positions": 32}}
+
+
+@pytest.mark.parametrize("work", WORKLOADS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["seed-small", "tiny"])
-def test_graph_and_eager_decode_agree_with_the_reference(name: str) -> None:
-    model, layout, device = find_model(name), Layout(), torch.device("cuda")
-    workload = Workload(batch=3, seq=70, decode_steps=5, dtype="float16")
+def test_graph_and_eager_decode_agree_with_the_reference(name: str, variant: str, work: str) -> None:
+    model, layout, device = replace(find_model(name), **VARIANTS[variant]), Layout(), torch.device("cuda")
+    workload = Workload(batch=3, seq=70, decode_steps=5, dtype="float16", **WORKLOADS[work])
 
     def get(tensor: str, shard: object) -> torch.Tensor:
         return draw(model, 0, tensor, shard, dtype=torch.float16, device=device)  # type: ignore[arg-type]
@@ -33,19 +47,28 @@ def test_graph_and_eager_decode_agree_with_the_reference(name: str) -> None:
     engine = Engine(model, layout, workload, Mesh(layout, GroupPool(0)), load(model, layout, 0, get), arena)
     prompts = torch.randint(0, 256, (3, 70), generator=torch.Generator().manual_seed(1))
     shards = parameters(model, layout, 0)
-    reference, floor = (
+    models = [
         Reference(model, lambda t: draw(model, 0, t, shards[t], dtype=torch.float16), dtype, device)
         for dtype in (torch.float64, torch.float16)
-    )
+    ]
     for graphs in (False, True):
         if graphs:
             engine.capture()
         engine.prefill(prompts)
-        first = engine.tokens.clone()
+        logits = [engine.logits.clone()[None]]
+        tokens = [engine.tokens.clone()[None]]
         decoded = engine.decode(5, keep_logits=True)
-        inputs = torch.cat([prompts.cuda(), first[:, None], decoded.tokens.T[:, :-1]], dim=1)
-        truth, noise = (which.logits(inputs, 5) for which in (reference, floor))
         assert decoded.logits is not None
-        error = relative_error(decoded.logits.transpose(0, 1), truth)
-        assert error <= 1.5 * relative_error(noise, truth)
-        assert relative_error(decoded.logits.transpose(0, 1).roll(1, 1), truth) > 0.1
+        logits, tokens = torch.cat([*logits, decoded.logits]), torch.cat([*tokens, decoded.tokens])
+        truth, noise = (_logits(which, prompts, workload, tokens) for which in models)
+        assert relative_error(logits, truth) <= 1.5 * relative_error(noise, truth)
+        assert relative_error(logits.roll(1, 1), truth) > 0.1
+
+
+def _logits(model: Reference, prompts: torch.Tensor, workload: Workload, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [1 + steps, rows, vocab] of each prompt at its own length, followed by the tokens [1 + steps, rows]."""
+    rows = [
+        model.logits(torch.cat([prompts[i, :length].cuda(), tokens[:-1, i]])[None], len(tokens))[0]
+        for i, length in enumerate(workload.lengths)
+    ]
+    return torch.stack(rows, dim=1)

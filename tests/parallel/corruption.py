@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from cases import Case
+from case import Case
 from torch import Tensor
 
 from headgrid.layout.span import Span

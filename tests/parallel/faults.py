@@ -1,24 +1,44 @@
 """Things done wrong on purpose, each on real ranks. A comparison that accepts one of them proves nothing."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from cases import Case
+from case import Case
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from headgrid.layout import shards
+from headgrid.layout.layout import Layout
 from headgrid.layout.span import balanced
-from headgrid.runtime import attention, stage
+from headgrid.runtime import attention, exchange, gathered, stage
+from headgrid.runtime.attention import ALL, Keys, Queries
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.engine import Engine
-from headgrid.runtime.exchange import Slices
+from headgrid.runtime.exchange import Core, Slices
 from headgrid.runtime.stage import Rotation, Stage
 
 Alter = Callable[[Engine], None]
-VICTIM = 1  # head group 0, slice 1: the rank at fault where one is enough
+Inject = Callable[[Case, int], AbstractContextManager]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """How to do it, where it must show first, and what it takes: layouts, and a workload beside the usual one."""
+
+    inject: Inject
+    shows: Literal["prefill", "decode", "tokens"] = "prefill"
+    in_attention: bool = True
+    same_counts: bool = True
+    applies: Callable[[Layout], bool] = lambda layout: True
+    workload: dict[str, Any] = field(default_factory=dict)
+
+
+def victim(case: Case) -> int:
+    """The rank at fault where one is enough: slice 1 of head group 0, or slice 0 where that owns the last positions."""
+    return 0 if case.layout.exchange == "sequence" else 1
 
 
 def _nothing(engine: Engine) -> None:
@@ -28,14 +48,20 @@ def _nothing(engine: Engine) -> None:
 @contextmanager
 def inject(case: Case, rank: int) -> Iterator[Alter]:
     """Patches in place inside the block; yields what is to be done to the engine once it is built."""
-    if not case.fault:
+    if not case.fault or case.watched:
         yield _nothing
         return
-    with FAULTS[case.fault](case, rank) as alter:
+    wrong = _everything_gathered if case.fault == WASTEFUL else FAULTS[case.fault].inject
+    with wrong(case, rank) as alter:
         yield alter or _nothing
 
 
-def _swapped_slices(part: str) -> Callable[[Case, int], object]:
+def _stages(engine: Engine) -> list[Stage]:
+    """What computes: the stage, and with gathered weights the one that does the prefill."""
+    return [engine.stage, *([engine.gathered.over_heads] if engine.gathered else [])]
+
+
+def _swapped_slices(part: str) -> Inject:
     """Slices 0 and 1 of head group 0 hold each other's columns of W_Q or rows of W_O."""
 
     @contextmanager
@@ -56,10 +82,10 @@ def _dropped_partial_sum(case: Case, rank: int) -> Iterator[Alter]:
     """One rank adds nothing to what W_O makes of all heads."""
 
     def alter(engine: Engine) -> None:
-        output = engine.stage._output
-        engine.stage._output = lambda out, *o: output(torch.zeros_like(out), *o)  # type: ignore[method-assign]
+        for each in _stages(engine):
+            each._output = lambda out, *o, right=each._output: right(torch.zeros_like(out), *o)  # type: ignore
 
-    yield alter if rank == VICTIM else _nothing
+    yield alter if rank == victim(case) else _nothing
 
 
 @contextmanager
@@ -72,7 +98,7 @@ def _shifted_head(case: Case, rank: int) -> Iterator[Alter]:
             queries = layer.qkv[0][: heads * width]
             queries.copy_(queries.roll(width, 0))
 
-    yield alter if rank == VICTIM else _nothing
+    yield alter if rank == victim(case) else _nothing
 
 
 @contextmanager
@@ -96,27 +122,26 @@ def _reversed_frequencies(case: Case, rank: int) -> Iterator[Alter]:
     """One rank turns its pairs by the angles of others."""
 
     def alter(engine: Engine) -> None:
-        (rotation,) = engine.stage.rotations
-        engine.stage.rotations = [Rotation(rotation.cos.flip(-1), rotation.sin.flip(-1))]
+        for each in _stages(engine):
+            each.rotations = [Rotation(r.cos.flip(-1), r.sin.flip(-1), r.width) for r in each.rotations]
 
-    yield alter if rank == VICTIM else _nothing
+    yield alter if rank == victim(case) else _nothing
 
 
-def _skipped_store(phase: str, leftover: float) -> Callable[[Case, int], object]:
+def _skipped_store(phase: str, leftover: float) -> Inject:
     """One rank forgets to write the cache; what it reads instead is what was left there."""
 
     @contextmanager
     def fault(case: Case, rank: int) -> Iterator[Alter]:
         store = attention.store
 
-        def forgetful(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: attention.Position | None) -> None:
-            if ("prefill" if position is None else "decode") == phase:
-                for part in (keys, values):
-                    part.nan_to_num_(leftover)
+        def forgetful(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> None:
+            if ("decode" if queries.decoding else "prefill") == phase:
+                cache.nan_to_num_(leftover)
             else:
-                store(k, v, keys, values, position)
+                store(new, cache, queries, keys)
 
-        with patch.object(attention, "store", forgetful if rank == VICTIM else store):
+        with patch.object(attention, "store", forgetful if rank == victim(case) else store):
             yield _nothing
 
     return fault
@@ -127,7 +152,8 @@ def _wrong_scale(case: Case, rank: int) -> Iterator[Alter]:
     """The scale of a slice, 1/sqrt(d/m), instead of the head's."""
 
     def alter(engine: Engine) -> None:
-        engine.stage.scale *= case.layout.num_dim_slices**0.5
+        for each in _stages(engine):
+            each.rules = [replace(rule, scale=rule.scale * case.layout.num_dim_slices**0.5) for rule in each.rules]
 
     yield alter
 
@@ -138,7 +164,7 @@ def _swapped_rows(case: Case, rank: int) -> Iterator[Alter]:
 
     def alter(engine: Engine) -> None:
         choose = engine._choose
-        engine._choose = lambda logits, mb: choose(logits.flip(0), mb)  # type: ignore[method-assign]
+        engine._choose = lambda logits, local: choose(logits.flip(0), local)  # type: ignore[method-assign]
 
     yield alter
 
@@ -149,7 +175,7 @@ def _swapped_vocabulary(case: Case, rank: int) -> Iterator[Alter]:
 
     def alter(engine: Engine) -> None:
         choose, shift = engine._choose, len(engine.stage.vocab[0])
-        engine._choose = lambda logits, mb: choose(logits.roll(shift, 1), mb)  # type: ignore[method-assign]
+        engine._choose = lambda logits, local: choose(logits.roll(shift, 1), local)  # type: ignore[method-assign]
 
     yield alter
 
@@ -158,11 +184,18 @@ def _swapped_vocabulary(case: Case, rank: int) -> Iterator[Alter]:
 def _no_mask(case: Case, rank: int) -> Iterator[None]:
     """One rank's prefill also looks ahead."""
 
-    def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
+    attend, hidden = attention.attend, exchange._hidden
 
-    with patch.object(attention, "prefill", unmasked if rank == VICTIM else attention.prefill):
+    def all_seen(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: attention.Rule) -> Tensor:
+        return attend(q, k, v, queries, rule if queries.decoding else replace(rule, is_causal=False))
+
+    def none_hidden(core: Core, *block: Any) -> Tensor | None:
+        return hidden(core, *block) if core.queries.decoding else None
+
+    if rank != victim(case):
+        yield
+        return
+    with patch.object(attention, "attend", all_seen), patch.object(exchange, "_hidden", none_hidden):
         yield
 
 
@@ -178,10 +211,95 @@ def _reversed_columns(case: Case, rank: int) -> Iterator[Alter]:
 
 
 @contextmanager
+def _wrong_owner(case: Case, rank: int) -> Iterator[None]:
+    """One slice keeps the positions of its neighbour."""
+    store = Core.store
+
+    def elsewhere(self: Core, k: Tensor, v: Tensor, keys: Keys = ALL) -> None:
+        store(self, k, v, Keys((keys.first + 1) % keys.stride, keys.stride))
+
+    with patch.object(Core, "store", elsewhere if rank == victim(case) else store):
+        yield
+
+
+@contextmanager
+def _scores_left_out(case: Case, rank: int) -> Iterator[Alter]:
+    """One slice adds nothing to the scores."""
+
+    def alter(engine: Engine) -> None:
+        axis = engine.stage.mesh.tp_slice
+        axis.all_reduce = lambda x, right=axis.all_reduce, **kind: right(x.zero_(), **kind)  # type: ignore
+
+    yield alter if rank == victim(case) else _nothing
+
+
+@contextmanager
+def _swapped_tokens(case: Case, rank: int) -> Iterator[Alter]:
+    """Ranks 0 and 1 get each other's tokens of every sum."""
+
+    def alter(engine: Engine) -> None:
+        for each in _stages(engine):
+            each.residual.leave = lambda y, of=each.residual, right=each.residual.leave: right(_swapped(of.tp, y))
+
+    yield alter
+
+
+def _swapped(tp: Axis, y: Tensor) -> Tensor:
+    parts = list(y.split([len(span) for span in balanced(len(y), tp.size)]))
+    return torch.cat([parts[1], parts[0], *parts[2:]])
+
+
+@contextmanager
+def _short_row(case: Case, rank: int) -> Iterator[Alter]:
+    """One rank takes the last sequence's prompt for a token shorter."""
+
+    def alter(engine: Engine) -> None:
+        engine.lengths = (*engine.lengths[:-1], engine.lengths[-1] - 1)
+
+    yield alter if rank == victim(case) else _nothing
+
+
+@contextmanager
+def _forgotten_chunks(case: Case, rank: int) -> Iterator[None]:
+    """One rank loses what earlier chunks of a prompt have cached."""
+    store = attention.store
+
+    def forgetful(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> None:
+        if not queries.decoding and queries.starts:
+            cache[:, : keys.before(queries.starts[0])] = 0
+        store(new, cache, queries, keys)
+
+    with patch.object(attention, "store", forgetful if rank == victim(case) else store):
+        yield
+
+
+@contextmanager
+def _never_ended(case: Case, rank: int) -> Iterator[Alter]:
+    """Sequences that have chosen the stop token go on."""
+
+    def alter(engine: Engine) -> None:
+        engine.stop_token = None
+
+    yield alter
+
+
+@contextmanager
+def _misplaced_slices(case: Case, rank: int) -> Iterator[None]:
+    """One rank puts the gathered slices of a layer's weights together in the wrong order."""
+    together = gathered._heads_together
+
+    def backwards(slices: Slices, blocks: list[Tensor]) -> Tensor:
+        return together(slices, blocks[::-1])
+
+    with patch.object(gathered, "_heads_together", backwards if rank == victim(case) else together):
+        yield
+
+
+@contextmanager
 def _everything_gathered(case: Case, rank: int) -> Iterator[None]:
     """Right, but wasteful: every slice gathers Q, K and V whole, and drops what it need not hold."""
 
-    def wasteful(slices: Slices, axis: Axis, rows: object, projections: Tensor, attend: Callable) -> Tensor:
+    def wasteful(slices: Slices, axis: Axis, rows: object, projections: Tensor, core: Core) -> Tensor:
         b, s, _ = projections.shape
         sizes = [b * s * width for width in slices.row_widths]
         parts = axis.all_gather(projections.reshape(-1), sizes).split(sizes)
@@ -189,28 +307,39 @@ def _everything_gathered(case: Case, rank: int) -> Iterator[None]:
         q, k, v = (torch.cat(pieces, dim=-1) for pieces in zip(*triples, strict=True))
         start = sum(slices.v_widths[: slices.index])
         cached = v[..., start : start + slices.v_widths[slices.index]]
-        return attend(q, k, cached).flatten(2)
+        return core.attend(q, k, cached).flatten(2)
 
     with patch.dict(stage.EXCHANGES, {"gather": wasteful}):
         yield
 
 
 WASTEFUL = "everything gathered"
-FAULTS: dict[str, Callable[[Case, int], object]] = {
-    "slices of W_Q swapped": _swapped_slices("q"),
-    "slices of W_O swapped": _swapped_slices("o"),
-    "partial sum dropped": _dropped_partial_sum,
-    "query heads shifted": _shifted_head,
-    "RoPE pairs torn": _torn_pairs,
-    "RoPE frequencies reversed": _reversed_frequencies,
-    "prefill not cached, poison left": _skipped_store("prefill", float("nan")),
-    "decode not cached, poison left": _skipped_store("decode", float("nan")),
-    "prefill not cached, zeros left": _skipped_store("prefill", 0.0),
-    "decode not cached, zeros left": _skipped_store("decode", 0.0),
-    "scale of a slice": _wrong_scale,
-    "no causal mask": _no_mask,
-    "columns of W_O reversed": _reversed_columns,
-    "sequences swapped": _swapped_rows,
-    "vocabulary shards swapped": _swapped_vocabulary,
-    WASTEFUL: _everything_gathered,
+CHUNKS = {"chunk_positions": 3}
+RAGGED = {"prompt_lengths": (8, 5, 3)}
+FAULTS: dict[str, Fault] = {
+    "slices of W_Q swapped": Fault(_swapped_slices("q")),
+    "slices of W_O swapped": Fault(_swapped_slices("o")),
+    "partial sum dropped": Fault(_dropped_partial_sum),
+    "query heads shifted": Fault(_shifted_head),
+    "RoPE pairs torn": Fault(_torn_pairs),
+    "RoPE frequencies reversed": Fault(_reversed_frequencies),
+    "prefill not cached, poison left": Fault(_skipped_store("prefill", float("nan")), "decode"),
+    "decode not cached, poison left": Fault(_skipped_store("decode", float("nan")), "decode"),
+    "prefill not cached, zeros left": Fault(_skipped_store("prefill", 0.0), "decode"),
+    "decode not cached, zeros left": Fault(_skipped_store("decode", 0.0), "decode"),
+    "chunks not cached, zeros left": Fault(_skipped_store("prefill", 0.0), workload=CHUNKS),
+    "earlier chunks forgotten": Fault(_forgotten_chunks, workload=CHUNKS),
+    "prompt taken for shorter": Fault(_short_row, "decode", same_counts=False, workload=RAGGED),
+    "stop token ignored": Fault(_never_ended, "tokens", in_attention=False),
+    "scale of a slice": Fault(_wrong_scale),
+    "no causal mask": Fault(_no_mask, same_counts=False),
+    "columns of W_O reversed": Fault(_reversed_columns),
+    "sequences swapped": Fault(_swapped_rows, in_attention=False),
+    "vocabulary shards swapped": Fault(_swapped_vocabulary, in_attention=False),
+    "owner of positions wrong": Fault(_wrong_owner, "decode", applies=lambda layout: layout.exchange == "sequence"),
+    "scores of a slice left out": Fault(_scores_left_out, applies=lambda layout: layout.exchange == "scores"),
+    "tokens of ranks swapped": Fault(_swapped_tokens, applies=lambda layout: layout.residual == "sharded"),
+    "gathered slices misplaced": Fault(
+        _misplaced_slices, in_attention=False, applies=lambda layout: layout.weights == "gathered"
+    ),
 }

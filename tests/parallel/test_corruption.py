@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from cases import Case, corrupted_cases
+from case import Case
+from cases import corrupted_cases
 from corruption import corrupted_steps
 
 from headgrid.layout.traffic import Collective, decode_collectives, prefill_collectives
@@ -15,6 +16,7 @@ CASES = corrupted_cases()
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_noise_on_any_one_collective_changes_the_logits(case: Case, outcomes: Callable) -> None:
+    """What is corrupted, one after the other, is all that the layout issues."""
     found = outcomes(case)
     assert case.corrupted_rank is not None
     issued = found[case.corrupted_rank]["issued"]
@@ -23,23 +25,20 @@ def test_noise_on_any_one_collective_changes_the_logits(case: Case, outcomes: Ca
     assert max(outcome["noise_floor"] for outcome in found) == 0.0, "two clean runs agree to the last bit"
     unseen = [call for call in zip(range(len(issued)), issued, moved, strict=True) if not call[-1] > CLEAR]
     assert not unseen, "corrupting these changed no logits"
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_what_is_corrupted_is_all_that_the_layout_issues(case: Case, outcomes: Callable) -> None:
-    assert case.corrupted_rank is not None
     args = (case.model, case.layout, case.workload, case.corrupted_rank)
     predicted = prefill_collectives(*args)
     for _ in range(corrupted_steps(case)):
         predicted.update(decode_collectives(*args))
-    assert Counter(Collective(*call) for call in outcomes(case)[case.corrupted_rank]["issued"]) == predicted
+    assert Counter(Collective(*call) for call in issued) == predicted
 
 
 def test_every_kind_of_collective_is_corrupted_somewhere() -> None:
     kinds = set()
     for case in CASES:
         assert case.corrupted_rank is not None
-        calls = decode_collectives(case.model, case.layout, case.workload, case.corrupted_rank)
-        kinds |= {(call.kind, call.axis) for call in calls}
-    within = {("all_reduce", "tp"), ("all_gather", "tp"), ("all_gather", "tp_slice"), ("all_to_all", "tp_slice")}
+        args = (case.model, case.layout, case.workload, case.corrupted_rank)
+        kinds |= {(call.kind, call.axis) for call in (*decode_collectives(*args), *prefill_collectives(*args))}
+    within = {("all_reduce", "tp"), ("all_gather", "tp"), ("reduce_scatter", "tp")}
+    within |= {(kind, "tp_slice") for kind in ("all_reduce", "all_gather", "all_to_all")}
+    within |= {(kind, "tp_head") for kind in ("all_reduce", "all_gather", "reduce_scatter")}
     assert kinds == within | {(kind, axis) for kind in ("send", "recv") for axis in ("pp", "pp_back")}

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import pytest
-from cases import Case, exact_cases
+from case import Case
+from cases import exact_cases
 from oracle import judge, prove_sensitive
 
 
 @pytest.mark.parametrize("case", exact_cases(), ids=lambda case: case.id)
 def test_ranks_compute_what_one_device_computes(case: Case, outcomes: Callable) -> None:
-    prove_sensitive(case)
-    verdict = judge(case, outcomes(case))
+    found = outcomes(case)
+    prove_sensitive(case, found)
+    verdict = judge(case, found)
     assert not verdict.complaints, "\n".join(verdict.complaints)

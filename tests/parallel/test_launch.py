@@ -7,12 +7,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from cases import TINY, Case
-from conftest import Launch
+import torch
+from case import Case
+from cases import TINY
+from pool import Launch as RankLaunch
+from pool import Pools, RankFailed
 
 from headgrid.errors import HeadgridError, InvalidInput, RankDied
 from headgrid.layout.layout import Layout
@@ -161,12 +165,32 @@ def test_a_command_that_is_ended_leaves_no_process(
     assert wait_until(lambda: not any(map(alive, family)), SECONDS_TO_END)
 
 
-def test_cases_of_a_launch_that_died_fail_with_the_ranks_error(prepared: None, tmp_path: Path) -> None:
-    workload = Workload(batch=1, seq=8, decode_steps=3, dtype="float64")
-    case = Case("the case at fault", TINY, Layout(num_head_groups=2), workload, seed=0, fault="no such fault")
-    launch = Launch([case], tmp_path)
-    with pytest.raises(pytest.fail.Exception, match="in case the case at fault: KeyError"):
-        launch.outcomes(case)
+def test_a_case_that_a_rank_cannot_run_fails_with_its_traceback_and_the_next_one_runs(
+    prepared: None, tmp_path: Path, own_temporary_folder: Path
+) -> None:
+    workload = Workload(batch=1, seq=8, decode_steps=1, dtype="float64")
+    sound = Case("a sound case", TINY, Layout(num_head_groups=2), workload, seed=0)
+    broken = replace(sound, id="the case at fault", fault="no such fault")
+    pools = Pools(tmp_path / "pools", ahead=[sound, broken, sound])
+    try:
+        before = pools.run(sound)
+        with pytest.raises(RankFailed, match=r"rank [01] in case the case at fault:\nTraceback") as caught:
+            pools.run(broken)
+        assert "KeyError: 'no such fault'" in str(caught.value)
+        after = pools.run(sound)
+    finally:
+        pools.close()
+    assert pools.started == 2, "a failure ends the ranks of its world size, and others are started"
+    assert torch.equal(after[0]["prefill"], before[0]["prefill"])
+    assert list(own_temporary_folder.iterdir()) == [], "no rank is left"
+
+
+def test_ranks_that_are_no_longer_needed_end(prepared: None, tmp_path: Path, own_temporary_folder: Path) -> None:
+    launch = RankLaunch(3, tmp_path / "ranks")
+    launch.close()
+    assert not launch.thread.is_alive()
+    assert launch.error is None
+    assert list(own_temporary_folder.iterdir()) == []
 
 
 def test_ranks_that_all_die_between_two_looks_are_not_taken_for_done(

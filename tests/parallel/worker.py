@@ -1,59 +1,75 @@
-"""What the ranks of one world size do: every case in turn, each rank leaving what it computed and issued in a file.
+"""What the ranks of a pool do: every case in turn, each rank leaving what it computed and issued in a file.
 
 Nothing is judged here; `oracle.py` does that, in the process of the tests.
 """
 
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import STEPS, Case
+from case import Case, prompts, upstream
 from corruption import run_corruptions
 from faults import inject
 from torch import Tensor
+from watch import Allocations, Flops
 
 from headgrid.experiment.observe import Settle
+from headgrid.layout.batching import Call, MicroBatch
 from headgrid.layout.memory import cache_shape
 from headgrid.layout.shards import Shard
-from headgrid.runtime.attention import Position
+from headgrid.layout.span import Span
+from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder
 from headgrid.runtime.engine import Engine
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.meter import LiveBytes, flop_counter
-from headgrid.runtime.stage import load
-from headgrid.runtime.weights import draw
+from headgrid.runtime.meter import LiveBytes
+from headgrid.runtime.stage import StageCall, load, prefill_call
+from headgrid.runtime.weights import draw, whole
+
+POLL_SECONDS = 0.001
 
 
-def prompts(case: Case) -> Tensor:
-    """Token ids [batch, seq], the same on every rank and in the tests."""
-    shape = (case.workload.batch, case.workload.seq)
-    return torch.randint(0, case.model.vocab_size, shape, generator=torch.Generator().manual_seed(case.seed))
+def serve(rank: int, ranks: int, payload: dict[str, Any]) -> None:
+    """The job: `<folder>/<k>.case` for k = 0, 1, ... as they appear, until there is a file `stop`.
 
-
-def upstream(case: Case) -> Tensor:
-    """Random hidden states [batch, seq + 1, D] in fp64, as if they came from the layers before."""
-    shape = (case.workload.batch, case.workload.seq + 1, case.model.hidden_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64)
-
-
-def run(rank: int, ranks: int, payload: dict[str, Any]) -> None:
-    """The job: `payload["cases"]` in turn. What rank r finds for case k is `<folder>/<k>.<r>.pt`."""
-    pool = GroupPool(rank)
-    for number, case in enumerate(payload["cases"]):
+    What rank r finds for case k is `<folder>/<k>.<r>.pt`; a rank that fails leaves `<k>.<r>.error` and ends.
+    """
+    pool, folder, number = GroupPool(rank), Path(payload["folder"]), 0
+    while _comes(folder, number, rank):
+        case = torch.load(folder / f"{number}.case", weights_only=False)
         try:
             with inject(case, rank) as alter:
                 outcome = _run_case(case, pool, alter)
         except Exception as error:
             traceback.print_exc()
+            (folder / f"{number}.{rank}.error").write_text(f"rank {rank} in case {case.id}:\n{traceback.format_exc()}")
             raise RuntimeError(f"in case {case.id}: {error!r}") from error
-        torch.save(outcome, Path(payload["folder"]) / f"{number}.{rank}.pt")
+        part = folder / f".{number}.{rank}"
+        torch.save(outcome, part)
+        part.rename(folder / f"{number}.{rank}.pt")
+        number += 1
+
+
+def _comes(folder: Path, number: int, rank: int) -> bool:
+    """Whether there is one more case. Rank 0 looks, the others wait for it without using a processor."""
+    found = torch.zeros(1, dtype=torch.int64)
+    if rank == 0:
+        case, stop = folder / f"{number}.case", folder / "stop"
+        while not (case.exists() or stop.exists()):
+            time.sleep(POLL_SECONDS)
+        found += case.exists()
+    torch.distributed.broadcast(found, 0)
+    return bool(found)
 
 
 def _run_case(case: Case, pool: GroupPool, alter: Callable[[Engine], None]) -> dict[str, Any]:
     mesh = Mesh(case.layout, pool)
+    if case.watched:
+        return _watched(case, mesh)
     engine = build(case, mesh)
     alter(engine)
     if case.corrupted_rank is not None:
@@ -61,70 +77,130 @@ def _run_case(case: Case, pool: GroupPool, alter: Callable[[Engine], None]) -> d
     if case.memory:
         return _peak(engine, prompts(case))
     half = _attention_halves(case, engine)
-    _poison(engine)
-    return half | _generate(engine, prompts(case))
-
-
-def build(case: Case, mesh: Mesh) -> Engine:
-    dtype, rank = getattr(torch, case.workload.dtype), mesh.rank
-
-    def get(name: str, shard: Shard) -> Tensor:
-        return draw(case.model, case.seed, name, shard, dtype=dtype)
-
-    weights = load(case.model, case.layout, rank, get)
-    elements = cache_shape(case.model, case.layout, case.workload, rank).elements
-    arena = new_arena(elements, dtype, torch.device("cpu"))
-    return Engine(case.model, case.layout, case.workload, mesh, weights, arena)
-
-
-def _poison(engine: Engine) -> None:
     for part in (engine.stage.cache.keys, engine.stage.cache.values):
         part.fill_(float("nan"))
+    return half | _generate(case, engine, prompts(case))
+
+
+def get_weight(case: Case) -> Callable[[str, Shard], Tensor]:
+    dtype = getattr(torch, case.workload.dtype)
+    return lambda name, shard: draw(case.model, case.seed, name, shard, dtype=dtype)
+
+
+def build(case: Case, mesh: Mesh, get: Callable[[str, Shard], Tensor] | None = None) -> Engine:
+    model, layout, workload = case.model, case.layout, case.workload
+    weights = load(model, layout, mesh.rank, get or get_weight(case))
+    elements = cache_shape(model, layout, workload, mesh.rank).elements
+    arena = new_arena(elements, getattr(torch, workload.dtype), torch.device("cpu"))
+    return Engine(model, layout, workload, mesh, weights, arena, case.stop_token)
 
 
 @torch.inference_mode()
 def _attention_halves(case: Case, engine: Engine) -> dict[str, Tensor]:
-    """This stage's first attention half on random hidden states: [rows, seq, D], then one position more."""
-    stage, seq = engine.stage, case.workload.seq
-    x = upstream(case)[engine.rows.start : engine.rows.stop].to(stage.dtype)
-    whole = torch.full_like(x, float("nan"))
-    for plan, where, position in (
-        (engine.prefill_plan, slice(0, seq), None),
-        (engine.decode_plan, slice(seq, seq + 1), Position(seq, torch.tensor([seq]))),
-    ):
-        for mb in plan:
-            rows = torch.tensor(mb.rows()) - engine.rows.start
-            whole[rows, where] = stage._attention(stage.layers[0], 0, x[rows, where], mb, position)
-    return {"half_prefill": whole[:, :seq], "half_decode": whole[:, seq:]}
+    """This stage's first attention half on random hidden states: [rows, seq + 1, D], and which tokens are held here.
+
+    The last position is that of the first decoded token.
+    """
+    stage, plan = engine.stage, list(engine.prefill_plan)
+    x = upstream(case)[engine.rows.start : engine.rows.stop].to(stage.residual_dtype)
+    found, held = torch.zeros_like(x, dtype=stage.dtype), torch.zeros(x.shape[:2], dtype=torch.bool)
+    if case.layout.weights == "gathered":  # its own prefill takes whole prompts; here the stored slices do
+        plan = [Call(call.micro_batch, Span(0, case.workload.seq)) for call in plan]
+    calls = [(prefill_call(case.model, case.workload, call, stage.device), call.positions) for call in plan]
+    if case.steps:
+        end = Span(case.workload.seq, case.workload.seq + 1)
+        calls += [(_decode_call(engine, mb), end) for mb in engine.decode_plan]
+    for call, positions in calls:
+        rows = [row - engine.rows.start for row in call.micro_batch.rows()]
+        part = x[rows, positions.start : positions.stop].flatten(0, 1)
+        own = stage.residual.own(len(part))
+        own, result, mine = (
+            slice(own.start, own.stop),
+            torch.zeros_like(part, dtype=stage.dtype),
+            held.new_zeros(len(part)),
+        )
+        result[own], mine[own] = stage._attention(stage.layers[0], 0, part[own], call), True
+        where = rows, slice(positions.start, positions.stop)
+        found[where] = result.view(len(rows), len(positions), -1)
+        held[where] = mine.view(len(rows), len(positions))
+    return {"half": found, "held": held}
+
+
+def _decode_call(engine: Engine, mb: MicroBatch) -> StageCall:
+    """The first step behind the prompts."""
+    starts = tuple(engine.lengths[row - engine.rows.start] for row in mb.rows())
+    return StageCall(mb, Queries(1, starts, torch.tensor(starts), decoding=True), range(mb.size))
 
 
 def _peak(engine: Engine, tokens: Tensor) -> dict[str, Any]:
-    """The most bytes of new tensors that were alive at once in a prefill."""
-    with engine.mesh.observed(Settle()), LiveBytes() as live:
+    """The most bytes of new tensors that were alive at once in a prefill, and of one that a collective wrote."""
+    recorder = Recorder()
+    with engine.mesh.observed(recorder), engine.mesh.observed(Settle()), LiveBytes() as live:
         engine.prefill(tokens)
-    return {"peak_bytes": live.peak_bytes}
+    return {"peak_bytes": live.peak_bytes, "buffer_bytes": recorder.largest_buffer_bytes}
 
 
-def _generate(engine: Engine, tokens: Tensor) -> dict[str, Any]:
+def _watched(case: Case, mesh: Mesh) -> dict[str, Any]:
+    """The elements of the largest tensor that comes to be while weights are loaded and used."""
+    get = get_weight(case)
+
+    def slicing(name: str, shard: Shard) -> Tensor:
+        part = tuple(slice(0, size) for size in shard.local_shape)
+        return get(name, whole(shard.shape))[part].clone()
+
+    with Allocations() as watch:
+        engine = build(case, mesh, slicing if case.fault else get)
+        engine.prefill(prompts(case))
+        if case.steps:
+            engine.decode(case.steps)
+    return {"largest": watch.largest, "seen": watch.seen}
+
+
+def _own_positions(case: Case, engine: Engine) -> Tensor:
+    """The position of each slot of this rank's cache: with `sequence` those that it owns."""
+    positions = torch.arange(case.workload.cache_positions)
+    by_owner = case.layout.exchange == "sequence"
+    return positions[engine.mesh.at.slice :: engine.mesh.tp_slice.size] if by_owner else positions
+
+
+def _forget_padding(case: Case, engine: Engine) -> None:
+    """NaN in every slot behind a sequence's own prompt: whatever a prefill left there must not matter."""
+    lengths = case.workload.lengths[engine.stage.owned.start : engine.stage.owned.stop]
+    for row, length in enumerate(lengths):
+        behind = _own_positions(case, engine) >= length
+        for part in (engine.stage.cache.keys, engine.stage.cache.values):
+            part[:, row, behind] = float("nan")
+
+
+def _written(part: Tensor) -> Tensor:
+    """Slots of a cache [layers, rows, positions, ...] that hold numbers, all and only numbers: [rows, positions]."""
+    finite = part.isfinite().movedim(0, 2).flatten(2)
+    return finite.all(2) & finite.any(2) if finite.numel() else torch.ones(finite.shape[:2], dtype=torch.bool)
+
+
+def _generate(case: Case, engine: Engine, tokens: Tensor) -> dict[str, Any]:
     """Prefill, then greedy decode: steps that stay in flight across tokens, then one that goes on from there."""
-    recorders = Recorder(), Recorder()
-    with engine.mesh.observed(recorders[0]), flop_counter() as prefill_flops:
+    recorders, counters = (Recorder(), Recorder()), (Flops(), Flops())
+    with engine.mesh.observed(recorders[0]), counters[0]:
         engine.prefill(tokens)
     first, logits = engine.tokens.clone(), engine.logits.clone()
-    with engine.mesh.observed(recorders[1]), flop_counter() as decode_flops:
-        decoded = [engine.decode(steps, keep_logits=True) for steps in (STEPS - 1, 1)]
+    _forget_padding(case, engine)
+    with engine.mesh.observed(recorders[1]), counters[1]:
+        parts = [steps for steps in (case.steps - 1, 1) if steps > 0] if case.steps else []
+        decoded = [engine.decode(steps, keep_logits=True) for steps in parts]
     cache = engine.stage.cache
     return {
         "first": first,
         "prefill": logits,
-        "decode": torch.cat([part.logits for part in decoded if part.logits is not None] or [logits[:0]]),
-        "tokens": torch.cat([part.tokens for part in decoded]),
+        "decode": torch.cat([part.logits for part in decoded if part.logits is not None] or [logits[None][:0]]),
+        "tokens": torch.cat([part.tokens for part in decoded] or [first[None][:0]]),
         "last": engine.tokens.clone(),
         "prefill_issued": [(i.kind, i.axis, i.bytes) for i in recorders[0].issued],
         "decode_issued": [(i.kind, i.axis, i.bytes) for i in recorders[1].issued],
-        "prefill_flops": prefill_flops.get_total_flops(),
-        "decode_flops": decode_flops.get_total_flops(),
+        "prefill_flops": counters[0].total,
+        "decode_flops": counters[1].total,
         "buffer_bytes": recorders[0].largest_buffer_bytes,
         "weight_elements": sum(x.numel() for x in engine.stage.weights.values()),
-        "cache_filled": bool(cache.keys.isfinite().all() and cache.values.isfinite().all()),
+        "cache_bytes": cache.size_bytes,
+        "written": [_written(part) for part in (cache.keys, cache.values)],
     }

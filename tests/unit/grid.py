@@ -31,6 +31,7 @@ MODELS = (
     model(5, 1, 32, tied_embeddings=True),
     model(8, 8, 2),
     model(3, 3, 7, positions="learned", linear_bias=True),
+    model(12, 4, 11, rotary_dim=4, qk_norm=True, linear_bias=True),
 )
 EVERY_MODEL = [(spec.name, spec) for spec in MODELS]
 
@@ -39,6 +40,23 @@ EVERY_MODEL = [(spec.name, spec) for spec in MODELS]
 def legal_pairs(spec: ModelSpec) -> tuple[Layout, ...]:
     """Every legal layout of a model on 1 to 16 ranks."""
     return tuple(layout for ranks in range(1, MAX_RANKS + 1) for layout in legal_layouts(spec, ranks))
+
+
+@cache
+def cuts(spec: ModelSpec) -> tuple[Layout, ...]:
+    """Legal layouts that differ in who owns what: exchange, residual and the like do not matter to that."""
+    found: dict[tuple[object, ...], Layout] = {}
+    for layout in legal_pairs(spec):
+        cut = layout.num_head_groups, layout.num_dim_slices, layout.pp, layout.dp, layout.output
+        found.setdefault(cut, layout)
+    return tuple(found.values())
+
+
+def every_cut() -> Iterator[tuple[ModelSpec, Layout]]:
+    """Every model with its layouts that differ in who owns what."""
+    for spec in MODELS:
+        for layout in cuts(spec):
+            yield spec, layout
 
 
 def every_pair() -> Iterator[tuple[ModelSpec, Layout]]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headgrid.errors import InvalidLayout
-from headgrid.layout.layout import Axis, Layout, parse_layout
+from headgrid.layout.layout import EXCHANGES, OUTPUTS, RESIDUAL_DTYPES, RESIDUALS, Axis, Layout, parse_layout
 
 LAYOUTS = sorted({layout for _, layout in every_pair()}, key=str)
 CONTROLS = [replace(layout, exchange="independent") for layout in LAYOUTS if layout.exchange == "gather"]
@@ -18,9 +18,11 @@ AXES: tuple[Axis, ...] = ("dp", "pp", "tp_head", "tp_slice", "tp")
 
 def test_every_legal_layout_and_every_control_is_what_its_notation_says() -> None:
     assert len(LAYOUTS) > 200
-    for layout in LAYOUTS + CONTROLS:
+    wide = [replace(layout, residual_dtype="fp32") for layout in LAYOUTS]
+    everything = LAYOUTS + CONTROLS + wide
+    for layout in everything:
         assert parse_layout(str(layout)) == layout
-    assert len({str(layout) for layout in LAYOUTS + CONTROLS}) == len(LAYOUTS + CONTROLS)
+    assert len({str(layout) for layout in everything}) == len(everything)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,18 @@ def test_every_legal_layout_and_every_control_is_what_its_notation_says() -> Non
         ("n4m4:batch", Layout(num_head_groups=4, num_dim_slices=4, exchange="batch")),
         (" n4m4:concat+gather ", Layout(num_head_groups=4, num_dim_slices=4, exchange="gather", output="concat")),
         ("m7:gather", Layout(num_dim_slices=7, exchange="gather")),
+        ("n2m2:scores", Layout(num_head_groups=2, num_dim_slices=2, exchange="scores")),
+        ("tp4:sharded", Layout(num_head_groups=4, residual="sharded")),
+        ("tp4:reduce+stationary+replicated+model", Layout(num_head_groups=4)),
+        ("dp2:fp32", Layout(dp=2, residual_dtype="fp32")),
+        (
+            "n2m2:fp32+sharded+sequence",
+            Layout(num_head_groups=2, num_dim_slices=2, exchange="sequence", residual="sharded", residual_dtype="fp32"),
+        ),
+        (
+            "m3:batch+gathered+sharded",
+            Layout(num_dim_slices=3, exchange="batch", weights="gathered", residual="sharded"),
+        ),
         ("dp2pp3n5", Layout(num_head_groups=5, pp=3, dp=2)),
         ("tp1", Layout()),
     ],
@@ -56,8 +70,16 @@ BAD = (
     "4",
     "tp4pp",
 )
-BAD_OPTIONS = ("tp4:fast", "n2m2:batch+gather", "n2m2:batch+batch", "tp4:reduce+concat", "n2m2:none", "n2m2:Batch")
-CONTRADICTORY = ("n2m2", "n2m2:concat", "tp4:batch", "dp4:gather", "tp4:independent")
+BAD_OPTIONS = (
+    *("tp4:fast", "n2m2:batch+gather", "n2m2:batch+batch", "tp4:reduce+concat", "n2m2:none", "n2m2:Batch"),
+    *("n2m2:sequence+scores", "tp4:sharded+replicated", "tp4:fp32+model", "tp4:fp16", "tp4:sharded+sharded"),
+)
+CONTRADICTORY = (
+    *("n2m2", "n2m2:concat", "n2m2:sharded", "tp4:batch", "dp4:gather", "tp4:sequence", "tp4:independent"),
+    *("tp1:sharded", "dp4:sharded", "pp2:sharded+fp32", "tp4:concat+sharded", "n2m2:batch+concat+sharded"),
+    *("tp4:gathered", "n2m2:gather+gathered", "n2m2:sequence+gathered", "n2m2:scores+gathered"),
+    "n2m2:batch+concat+gathered",
+)
 
 
 @pytest.mark.parametrize("text", [*BAD, *BAD_OPTIONS, *CONTRADICTORY])
@@ -70,10 +92,19 @@ def test_what_is_not_a_layout_is_refused_with_a_way_out(text: str) -> None:
     assert "legal" in block or "nothing to exchange" in block
 
 
+@pytest.mark.parametrize("text", [t for t in CONTRADICTORY if ("sharded" in t and "+" in t) or "gathered" in t])
+def test_the_ways_out_of_a_contradiction_are_layouts_or_options_themselves(text: str) -> None:
+    with pytest.raises(InvalidLayout) as caught:
+        parse_layout(text)
+    assert caught.value.legal
+    for way_out in caught.value.legal:
+        assert way_out == "+replicated" or str(parse_layout(way_out)) == way_out
+
+
 def test_slices_without_an_exchange_are_told_the_exchanges_by_name() -> None:
     with pytest.raises(InvalidLayout) as caught:
         parse_layout("n3m5")
-    assert caught.value.legal == ("n3m5:gather", "n3m5:batch")
+    assert caught.value.legal == ("n3m5:gather", "n3m5:batch", "n3m5:sequence", "n3m5:scores")
     assert "5 slices" in caught.value.what
 
 
@@ -134,11 +165,13 @@ def _assert_one_axis(layout: Layout, axis: Axis, group: tuple[int, ...]) -> None
 
 
 degrees = st.integers(1, 64)
+OPTIONS = (EXCHANGES, OUTPUTS, RESIDUALS, RESIDUAL_DTYPES)
 
 
 @settings(derandomize=True, max_examples=150, deadline=None)
-@given(degrees, degrees, degrees, degrees, st.sampled_from(("gather", "batch")), st.sampled_from(("reduce", "concat")))
-def test_notation_and_ranks_of_any_size(n: int, m: int, pp: int, dp: int, exchange: str, output: str) -> None:
+@given(st.tuples(degrees, degrees, degrees, degrees), st.tuples(*map(st.sampled_from, OPTIONS)))
+def test_notation_and_ranks_of_any_size(sizes: tuple[int, ...], options: tuple[str, ...]) -> None:
+    (n, m, pp, dp), (exchange, output, residual, dtype) = sizes, options
     layout = Layout(
         num_head_groups=n,
         num_dim_slices=m,
@@ -146,6 +179,8 @@ def test_notation_and_ranks_of_any_size(n: int, m: int, pp: int, dp: int, exchan
         dp=dp,
         exchange=exchange if m > 1 else "none",  # type: ignore[arg-type]
         output=output,  # type: ignore[arg-type]
+        residual=residual if n * m > 1 and output == "reduce" else "replicated",  # type: ignore[arg-type]
+        residual_dtype=dtype,  # type: ignore[arg-type]
     )
     assert parse_layout(str(layout)) == layout
     for rank in {0, layout.ranks // 3, layout.ranks - 1}:

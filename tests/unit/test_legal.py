@@ -7,8 +7,8 @@ import pytest
 from grid import EVERY_MODEL, MAX_RANKS, legal_pairs, model
 
 from headgrid.errors import InvalidInput, InvalidLayout
-from headgrid.layout.layout import Layout, parse_layout
-from headgrid.layout.legal import check, head_group_counts, is_legal, legal_layouts
+from headgrid.layout.layout import EXCHANGES, OUTPUTS, Layout, parse_layout
+from headgrid.layout.legal import check, is_legal, legal_layouts
 from headgrid.spec.model import ModelSpec, find_model
 from headgrid.spec.workload import Workload
 
@@ -20,14 +20,14 @@ def every_layout(ranks: int) -> list[Layout]:
     found: list[Layout] = []
     for n, m, pp in itertools.product(range(1, ranks + 1), repeat=3):
         if ranks % (n * m * pp) == 0:
-            for exchange, output in itertools.product(("none", "gather", "batch"), ("reduce", "concat")):
+            for exchange, output in itertools.product(("none", *EXCHANGES), OUTPUTS):
                 if (m > 1) == (exchange != "none") and (n * m > 1 or output == "reduce"):
                     dp = ranks // (n * m * pp)
                     options = {"exchange": exchange, "output": output}
                     found.append(Layout(num_head_groups=n, num_dim_slices=m, pp=pp, dp=dp, **options))  # type: ignore
                     if (exchange, output) == ("batch", "reduce"):
                         found.append(replace(found[-1], weights="gathered"))
-    return found
+    return found + [replace(lay, residual="sharded") for lay in found if lay.tp > 1 and lay.output == "reduce"]
 
 
 def accepted(spec: ModelSpec, layout: Layout) -> bool:
@@ -59,7 +59,11 @@ def test_every_legal_layout_has_a_workload_that_it_runs(name: str, spec: ModelSp
         check(
             spec,
             layout,
-            Workload(batch=layout.dp * layout.num_dim_slices, seq=spec.max_positions - 1, decode_steps=1),
+            Workload(
+                batch=layout.dp * layout.num_dim_slices,
+                seq=spec.max_positions - spec.is_causal,
+                decode_steps=int(spec.is_causal),
+            ),
             layout.ranks,
         )
 
@@ -72,7 +76,59 @@ def test_any_number_of_ranks_can_share_a_layer() -> None:
 
 
 def test_head_groups_divide_the_kv_heads() -> None:
-    assert head_group_counts(model(24, 12, 4)) == (1, 2, 3, 4, 6, 12)
+    listed = [layout for ranks in range(1, 13) for layout in legal_layouts(model(24, 12, 4), ranks)]
+    assert {layout.num_head_groups for layout in listed if layout.num_dim_slices > 1} == {1, 2, 3, 4, 6}
+    assert {layout.num_head_groups for layout in listed} == {1, 2, 3, 4, 6, 12}
+
+
+def test_every_option_is_listed_where_it_goes() -> None:
+    listed = {str(layout) for layout in legal_layouts(model(8, 4, 8), 4)}
+    both = {f"n2m2:{exchange}{more}" for exchange in EXCHANGES for more in ("", "+sharded", "+concat")}
+    both |= {"n2m2:batch+gathered", "n2m2:batch+gathered+sharded"}
+    assert {text for text in listed if text.startswith("n2m2:")} == both
+    assert {text for text in listed if text.startswith("tp4")} == {"tp4", "tp4:sharded", "tp4:concat"}
+    assert "tp2dp2:sharded" in listed
+    assert not {text for text in listed if text.startswith(("pp", "dp")) and "sharded" in text}, "nothing to share"
+
+
+def test_the_list_begins_with_what_most_people_want() -> None:
+    """Row-parallel outputs before gathered ones, whole hidden states before shares of them, sharing a layer first."""
+    listed = legal_layouts(model(8, 4, 8), 4)
+    order = [(lay.output, lay.residual) for lay in listed]
+    first, last = order.index(("reduce", "sharded")), order.index(("concat", "replicated"))
+    assert set(order[:first]) == {("reduce", "replicated")}
+    assert set(order[first:last]) == {("reduce", "sharded")}
+    assert set(order[last:]) == {("concat", "replicated")}
+    assert str(listed[0]) == "tp4"
+
+
+BIDIRECTIONAL = model(8, 8, 8, is_causal=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"decode_steps": 1}, ("bidirectional", "decode_steps 1, chunk_positions 0")),
+        ({"chunk_positions": 3}, ("bidirectional", "decode_steps 0, chunk_positions 3")),
+    ],
+)
+def test_a_bidirectional_model_is_neither_decoded_nor_prefilled_in_chunks(change: dict, words: tuple) -> None:
+    whole = Workload(batch=3, seq=9, decode_steps=0, prompt_lengths=(2, 9, 4))
+    with pytest.raises(InvalidLayout) as caught:
+        check(BIDIRECTIONAL, parse_layout("n2m2:batch"), replace(whole, **change))
+    assert all(word in caught.value.block() for word in (*words, BIDIRECTIONAL.name))
+    assert caught.value.exit_code == 64
+    check(BIDIRECTIONAL, parse_layout("n2m2:batch"), whole)
+    check(replace(BIDIRECTIONAL, is_causal=True), parse_layout("n2m2:batch"), replace(whole, **change))
+
+
+def test_gathered_stages_need_a_sequence_for_every_slice() -> None:
+    layout, work = parse_layout("n2m2pp2dp2:batch+gathered"), Workload(batch=3, seq=4, decode_steps=1)
+    with pytest.raises(InvalidLayout) as caught:
+        check(model(8, 8, 8), layout, work)
+    assert all(word in caught.value.block() for word in ("2 x 2 slices", "3 sequences", "--batch 4"))
+    check(model(8, 8, 8), layout, replace(work, batch=4))
+    check(model(8, 8, 8), parse_layout("n2m2pp2:batch+sharded"), replace(work, batch=1))
 
 
 TOO_SMALL = replace(model(8, 8, 8), mlp_hidden_size=5, vocab_size=40, hidden_size=64)
@@ -128,7 +184,17 @@ def test_more_positions_than_the_model_has_are_refused_with_a_length_that_works(
     ("change", "words"),
     [
         ({"num_heads": 10, "num_kv_heads": 4}, ("10 query heads", "4 KV heads", "10 % 4 = 2")),
-        ({"head_dim": 7}, ("even head_dim", "7")),
+        ({"head_dim": 7}, ("pairs of channels", "7 of head_dim 7")),
+        ({"rotary_dim": 3}, ("pairs of channels", "3 of head_dim 8")),
+        ({"rotary_dim": 10}, ("pairs of channels", "10 of head_dim 8")),
+        ({"rotary_dim": -2}, ("rotary_dim", "-2")),
+        ({"sliding_window": -1}, ("sliding_window", "-1", "0 for none")),
+        ({"full_attention_every": -2}, ("full_attention_every", "-2", "0 for none")),
+        ({"attn_logit_softcapping": -30.0}, ("attn_logit_softcapping", "-30.0", "0 for none")),
+        ({"attention_scale": 0.0}, ("attention_scale", "0.0")),
+        ({"attention_scale": float("inf")}, ("attention_scale", "inf")),
+        ({"attention_scale": float("nan")}, ("attention_scale", "nan")),
+        ({"sliding_window": 4, "is_causal": False}, ("sliding window", "bidirectional")),
         ({"num_layers": 0}, ("num_layers", "0")),
         ({"vocab_size": -3}, ("vocab_size", "-3")),
         ({"hidden_size": 2.0}, ("hidden_size", "2.0")),
@@ -144,13 +210,45 @@ def test_a_model_that_no_transformer_has_is_refused(change: dict, words: tuple[s
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"batch": 0}, ("batch", "0")), ({"seq": "9"}, ("seq", "'9'")), ({"dtype": "int8"}, ("int8", "bfloat16"))],
+    [
+        ({"batch": 0}, ("batch", "0")),
+        ({"seq": "9"}, ("seq", "'9'")),
+        ({"dtype": "int8"}, ("int8", "bfloat16")),
+        ({"decode_steps": -1}, ("decode_steps", "-1", "from 0 on")),
+        ({"decode_steps": True}, ("decode_steps", "True")),
+        ({"chunk_positions": -4}, ("chunk_positions", "-4", "from 0 on")),
+        ({"chunk_tokens": 0}, ("chunk_tokens", "0", "positive")),
+        ({"prompt_lengths": (1, 1)}, ("2 prompt lengths", "1 sequences")),
+        ({"prompt_lengths": (2,)}, ("1 to 1 tokens", "(2,)")),
+        ({"prompt_lengths": (0,)}, ("1 to 1 tokens", "(0,)")),
+    ],
 )
 def test_a_workload_that_cannot_be_run_is_refused(change: dict, words: tuple[str, ...]) -> None:
     with pytest.raises(InvalidInput) as caught:
         replace(Workload(batch=1, seq=1, decode_steps=1), **change)
     assert all(word in caught.value.block() for word in words)
     assert caught.value.exit_code == 64
+
+
+def test_what_a_workload_says_of_its_prompts() -> None:
+    even = Workload(batch=3, seq=5, decode_steps=0)
+    assert even.lengths == (5, 5, 5)
+    assert even.cache_positions == 5
+    ragged = Workload(batch=3, seq=5, decode_steps=2, prompt_lengths=[1, 5, 3])  # type: ignore[arg-type]  # from JSON
+    assert ragged.lengths == ragged.prompt_lengths == (1, 5, 3)
+    assert ragged.cache_positions == 7
+    assert hash(ragged) != hash(even)
+
+
+def test_what_a_model_says_of_its_attention() -> None:
+    plain = model(8, 8, 8)
+    assert (plain.scale, plain.rotated_dim, plain.window(0)) == (pytest.approx(8**-0.5), 8, 0)
+    assert replace(plain, attention_scale=0.25).scale == 0.25
+    assert replace(plain, rotary_dim=4).rotated_dim == 4
+    assert replace(plain, positions="learned", rotary_dim=4).rotated_dim == 0
+    alternating = replace(plain, sliding_window=3, full_attention_every=2)
+    assert [alternating.window(layer) for layer in range(5)] == [3, 0, 3, 0, 3]
+    assert [replace(plain, sliding_window=3).window(layer) for layer in range(3)] == [3, 3, 3]
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,20 @@ def test_declared_deviations() -> None:
     assert distribution(LARGE, "layers.1.mlp.up.bias") == (0.0, 0.1)
 
 
+def test_norms_of_heads_make_attention_as_peaky_as_the_gain_says() -> None:
+    """Scores of normed heads have the deviation of the product of both means, whatever W_Q and W_K are."""
+    spec = replace(LARGE, qk_norm=True)
+    for part in "qk":
+        name = f"layers.1.attention.{part}_norm.weight"
+        assert distribution(spec, name) == (2.5, pytest.approx(0.25))
+        drawn = draw(spec, 0, name, parameters(spec, Layout(), 0)[name], dtype=torch.float64)
+        assert drawn.shape == (32,)
+        assert drawn.sub(2.5).abs().max().item() <= 0.25 * 3**0.5 * (1 + 1e-6)
+        assert drawn.std().item() > 0.1, "not constant, so that a slice of the wrong channels shows"
+    others = {name: distribution(spec, name) for name in parameters(LARGE, Layout(), 0)}
+    assert others == {name: distribution(LARGE, name) for name in parameters(LARGE, Layout(), 0)}
+
+
 def correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs().item()
 
@@ -120,16 +135,17 @@ def test_other_dtypes_round_the_same_values() -> None:
 
 
 def test_load_stacks_q_k_and_v_and_keeps_the_rest() -> None:
-    layout = parse_layout("n2m2:gather")
-    shards = parameters(LARGE, layout, 2)
+    layout, spec = parse_layout("n2m2:gather"), replace(LARGE, qk_norm=True)
+    shards = parameters(spec, layout, 2)
 
     def get(name: str, shard: Shard) -> Tensor:
-        return draw(LARGE, 0, name, shard, dtype=FP32)
+        return draw(spec, 0, name, shard, dtype=FP32)
 
-    loaded = load(LARGE, layout, 2, get)
+    loaded = load(spec, layout, 2, get)
     for kind in ("weight", "bias"):
         trio = [get(name, shards[name]) for name in (f"layers.1.attention.{p}.{kind}" for p in "qkv")]
         assert torch.equal(loaded.pop(f"layers.1.attention.qkv.{kind}"), torch.cat(trio))
     others = {name for name in loaded if ".qkv." not in name}
     assert others == {name for name in shards if name.split(".")[-2] not in "qkv"}
+    assert {"layers.0.attention.q_norm.weight", "layers.2.attention.k_norm.weight"} < others
     assert all(torch.equal(loaded[name], get(name, shards[name])) for name in others)

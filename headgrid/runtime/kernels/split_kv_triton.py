@@ -6,19 +6,24 @@ import triton.language as tl
 
 @triton.jit
 def partial(
-    q_ptr, k_ptr, v_ptr, partial_ptr, lse_ptr, position_ptr, scale,
+    q_ptr, k_ptr, v_ptr, partial_ptr, lse_ptr, position_ptr, scale, softcap,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
-    kv_heads, splits,
-    GROUP: tl.constexpr, D: tl.constexpr, U: tl.constexpr,
+    kv_heads, splits, window, at_first, at_stride,
+    CAPPED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, U: tl.constexpr,
     GROUP_PADDED: tl.constexpr, D_PADDED: tl.constexpr, U_PADDED: tl.constexpr,
     KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (pair, split): softmax over the split's keys, its weighted sum of values [GROUP, U] and log2-sum."""
     pair, split = tl.program_id(0), tl.program_id(1)
     sequence, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
-    length = tl.load(position_ptr).to(tl.int32) + 1
-    first = split * KEYS
-    last = tl.minimum(first + KEYS, length)
+    position = tl.load(position_ptr + sequence).to(tl.int32)
+    # keys up to the position: (position - at_first) // at_stride + 1, without dividing a negative number
+    length = (position - at_first + at_stride) // at_stride
+    length = tl.where(position < at_first, 0, length)
+    oldest = tl.maximum(position - window + 1 - at_first, 0)
+    oldest = tl.where(window > 0, (oldest + at_stride - 1) // at_stride, 0)
+    first = tl.maximum(split * KEYS, oldest)
+    last = tl.minimum(split * KEYS + KEYS, length)
     rows, dims, cols = tl.arange(0, GROUP_PADDED), tl.arange(0, D_PADDED), tl.arange(0, U_PADDED)
     heads = kv_head * GROUP + rows
     q_at = q_ptr + sequence * q_b + heads[:, None] * q_h + dims[None, :]
@@ -34,6 +39,9 @@ def partial(
         k_in = inside[:, None] & (dims[None, :] < D)
         k = tl.load(k_base + keys[:, None] * k_s + dims[None, :], mask=k_in, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:  # tanh(x) = 2 sigmoid(2 x) - 1
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+        scores *= 1.4426950408889634
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
@@ -52,14 +60,20 @@ def partial(
 
 
 @triton.jit
-def merge(partial_ptr, lse_ptr, out_ptr, splits, U: tl.constexpr, U_PADDED: tl.constexpr, SPLITS: tl.constexpr):
+def merge(
+    partial_ptr, lse_ptr, out_ptr, sum_ptr, splits, U: tl.constexpr, U_PADDED: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
     """Program (sequence, head): the partial outputs weighted by their share of the whole sum, in fp32."""
     at = tl.program_id(0).to(tl.int64)
     rows, cols = tl.arange(0, SPLITS), tl.arange(0, U_PADDED)
     inside = (rows[:, None] < splits) & (cols[None, :] < U)
     lse = tl.load(lse_ptr + at * splits + rows, mask=rows < splits, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    weights = weights / tl.sum(weights, 0)
+    top = tl.maximum(tl.max(lse, 0), -3.0e38)  # finite: all splits may be empty
+    weights = tl.exp2(lse - top)
+    norm = tl.sum(weights, 0)
+    weights = weights / tl.where(norm > 0, norm, 1.0)
+    total = tl.where(norm > 0, (top + tl.log2(tl.where(norm > 0, norm, 1.0))) * 0.6931471805599453, float("-inf"))
+    tl.store(sum_ptr + at, total)
     parts = tl.load(partial_ptr + (at * splits + rows[:, None]) * U + cols[None, :], mask=inside, other=0.0)
     merged = tl.sum(parts * weights[:, None], 0)
     tl.store(out_ptr + at * U + cols, merged.to(out_ptr.dtype.element_ty), mask=cols < U)

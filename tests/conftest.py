@@ -1,0 +1,21 @@
+"""How much the suites run: `pytest --full` goes through many times the cases of `make test`."""
+
+from collections.abc import Callable
+
+import pytest
+
+Budget = Callable[[int, int], int]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="the long suites: 20 000 random cases instead of 500, and so on"
+    )
+
+
+@pytest.fixture(scope="session")
+def budget(request: pytest.FixtureRequest) -> Budget:
+    """`budget(default, full)`: how many cases to run. While tests are collected, ask
+    `metafunc.config.getoption("--full")` in `pytest_generate_tests` instead.
+    """
+    return lambda default, full: full if request.config.getoption("--full") else default

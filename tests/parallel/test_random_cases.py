@@ -1,0 +1,106 @@
+"""Parallel equals serial for combinations of layout, model and workload that nobody chose: hypothesis on real ranks."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from case import Case, make_case
+from draws import draw_heads, draw_layout, draw_model, draw_workload
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import SENSITIVE, judge, sensitivity
+from pool import Pools
+from single import token_to_stop_at
+
+from headgrid.errors import InvalidLayout
+from headgrid.layout.legal import check
+
+DEFAULT = {2: 30, 3: 24, 4: 36, 6: 16, 8: 14}
+FULL = {2: 400, 3: 400, 4: 500, 6: 400, 8: 300}
+LEAST_SENSITIVE = 0.7
+
+
+@st.composite
+def cases(draw: Any, ranks: int) -> Case:
+    """A legal case on so many ranks. Single-rank axes, plain workloads and fp64 come first when one is shrunk."""
+
+    def pick(values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    layout = draw_layout(pick, ranks)
+    dtype = pick(("float64",) * 6 + ("float32", "bfloat16"))
+    model = draw_model(
+        pick, layout, draw_heads(pick, layout), **({} if dtype == "float64" else {"attention_gain": 2.0})
+    )
+    workload = draw_workload(pick, layout, model, dtype, steps=pick((3, 1, 2, 0)))
+    return make_case("drawn", layout, model, workload, draw(st.integers(0, 1000)))
+
+
+def with_stop(case: Case) -> Case:
+    """A third of the decoding cases end some sequence early."""
+    stops = case.steps and case.workload.dtype == "float64" and case.seed % 3 == 0
+    return replace(case, stop_token=token_to_stop_at(case)) if stops else case
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", DEFAULT)
+def test_any_legal_combination_computes_what_one_device_computes(
+    ranks: int, pools: Pools, request: pytest.FixtureRequest
+) -> None:
+    number = (FULL if request.config.getoption("--full", False) else DEFAULT)[ranks]
+    moved: list[float] = []
+
+    @settings(
+        max_examples=number,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(cases(ranks))
+    def agrees(case: Case) -> None:
+        case = with_stop(case)
+        outcomes = pools.run(case)
+        verdict = judge(case, outcomes)
+        assert not verdict.complaints, "\n".join([case.id, *verdict.complaints])
+        moved.append(sensitivity(case, outcomes))
+
+    agrees()
+    assert len(moved) >= number, "hypothesis ran fewer cases than it was asked for"
+    assert sum(each > SENSITIVE for each in moved) >= LEAST_SENSITIVE * number, "most could tell right from wrong"
+
+
+def test_hypothesis_shrinks_what_real_ranks_fail(pools: Pools) -> None:
+    """The negative control: one rank's partial sum is missing, and the smallest case that shows it is small."""
+
+    @settings(
+        max_examples=12,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(cases(2))
+    def agrees(case: Case) -> None:
+        verdict = judge(case, pools.run(replace(case, fault="partial sum dropped")))
+        assert not verdict.complaints, f"smallest: {case.id}"
+
+    with pytest.raises(AssertionError, match=r"smallest: drawn-(tp2|n1m2|pp2|dp2)"):
+        agrees()
+
+
+def test_everything_drawn_is_legal() -> None:
+    """`make_case` refuses what `check` refuses, so a strategy that draws such would fail, not skip."""
+
+    @settings(max_examples=300, derandomize=True, deadline=None, database=None)
+    @given(st.data())
+    def legal(data: Any) -> None:
+        case = data.draw(cases(data.draw(st.sampled_from((1, 2, 3, 4, 6, 8, 12)))))
+        try:
+            check(case.model, case.layout, case.workload, case.ranks)
+        except InvalidLayout as error:  # pragma: no cover
+            raise AssertionError(case.id) from error
+
+    legal()

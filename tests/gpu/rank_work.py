@@ -1,0 +1,94 @@
+"""What two GPU ranks do: logits, gradients and collectives of each layout, left in files for the test to judge."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headgrid.layout.layout import parse_layout
+from headgrid.layout.memory import cache_shape
+from headgrid.layout.traffic import Collective, decode_collectives, prefill_collectives
+from headgrid.runtime.cache import new_arena
+from headgrid.runtime.collectives import Recorder
+from headgrid.runtime.engine import Engine
+from headgrid.runtime.mesh import GroupPool, Mesh
+from headgrid.runtime.stage import load
+from headgrid.runtime.training import Trainer
+from headgrid.runtime.weights import draw
+from headgrid.spec.model import ModelSpec
+from headgrid.spec.workload import Workload
+
+MODEL = ModelSpec(
+    name="two GPUs",
+    num_layers=2,
+    hidden_size=128,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=32,
+    mlp_hidden_size=300,
+    vocab_size=97,
+    max_positions=64,
+    qk_norm=True,
+    linear_bias=True,
+    attention_gain=2.0,
+)
+WORKLOAD = Workload(
+    batch=4, seq=24, decode_steps=4, dtype="float32", prompt_lengths=(24, 5, 17, 1), chunk_positions=16, chunk_tokens=64
+)
+
+
+def prompts() -> Tensor:
+    return torch.randint(0, 97, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+def upstream() -> Tensor:
+    return torch.randn(4, 24, 97, generator=torch.Generator().manual_seed(4))
+
+
+def run(rank: int, ranks: int, payload: dict[str, Any]) -> None:
+    """Every layout in turn; rank r leaves `<folder>/<k>.<r>.pt` for the k-th."""
+    pool = GroupPool(rank)
+    for k, text in enumerate(payload["layouts"]):
+        found = _generate(text, pool) | _gradients(text, pool)
+        torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
+
+
+def _weights(text: str, rank: int) -> dict[str, Tensor]:
+    return load(MODEL, parse_layout(text), rank, lambda n, s: draw(MODEL, 0, n, s, dtype=torch.float32, device="cuda"))
+
+
+def _generate(text: str, pool: GroupPool) -> dict[str, Any]:
+    layout, device = parse_layout(text), torch.device("cuda", torch.cuda.current_device())
+    arena = new_arena(cache_shape(MODEL, layout, WORKLOAD, pool.rank).elements, torch.float32, device)
+    engine = Engine(MODEL, layout, WORKLOAD, Mesh(layout, pool), _weights(text, pool.rank), arena)
+    recorders = Recorder(), Recorder()
+    with engine.mesh.observed(recorders[0]):
+        engine.prefill(prompts())
+    with engine.mesh.observed(recorders[1]):
+        engine.decode(1)
+    engine.capture()
+    engine.prefill(prompts())
+    first = engine.tokens.clone(), engine.logits.clone()
+    decoded = engine.decode(4, keep_logits=True)
+    args = (MODEL, layout, WORKLOAD, pool.rank)
+    predicted = prefill_collectives(*args), decode_collectives(*args)
+    issued = [Counter(Collective(i.kind, i.axis, i.bytes) for i in r.issued) for r in recorders]  # type: ignore[arg-type]
+    logits = torch.cat([first[1][None], decoded.logits]) if decoded.logits is not None else None
+    return {
+        "as_predicted": issued == list(predicted),
+        "tokens": torch.cat([first[0][None], decoded.tokens]).cpu(),
+        "logits": None if logits is None else logits.cpu(),
+        "rows": (engine.rows.start, engine.rows.stop),
+        "last": engine.stage.last,
+    }
+
+
+def _gradients(text: str, pool: GroupPool) -> dict[str, Any]:
+    layout, workload = parse_layout(text), replace(WORKLOAD, decode_steps=0, chunk_positions=0, prompt_lengths=())
+    trainer = Trainer(MODEL, layout, workload, Mesh(layout, pool), pool, _weights(text, pool.rank))
+    up = upstream().cuda()
+    _, gradients = trainer.gradients(prompts(), lambda logits, rows: (logits * up[rows]).sum())
+    return {"gradients": {name: gradient.cpu() for name, gradient in gradients.items()}}

@@ -13,6 +13,9 @@ compare: $(VENV)/.run
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest $(ARGS)
 
+test-full: $(VENV)/.dev lint
+	$(BIN)/python -m pytest --full $(ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check headgrid tests

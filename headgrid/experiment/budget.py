@@ -44,7 +44,7 @@ def need(model: ModelSpec, layouts: Sequence[Layout], workload: Workload, device
     return Need(
         sum(row.parameters_bytes for row in rows),
         max(row.kv_cache_bytes for row in rows),
-        max(row.activations_peak_bytes for row in rows),
+        max(row.working_bytes for row in rows),
         OVERHEAD_BYTES[device],
     )
 

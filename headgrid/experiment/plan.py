@@ -78,7 +78,9 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     default = _DEFAULTS[machine.device]
     model = find_model(wishes.model or default["model"])
     if not model.is_causal:
-        raise InvalidInput(f"{model.name} is bidirectional, and a comparison times decoding too")
+        raise InvalidInput(
+            f"{model.name} is bidirectional, and a comparison times decoding too", legal=("a causal --model",)
+        )
     arms = wishes.arms if wishes.arms is not None else default_arms(model, ranks)
     if wishes.arms is None and machine.device == "cuda":
         arms += gathered_arms(model, ranks)

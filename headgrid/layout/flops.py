@@ -1,6 +1,7 @@
 """Predicted floating-point operations: a multiplication and an addition for each term of a matrix product."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from headgrid.layout.batching import (
     MicroBatch,
@@ -129,9 +130,16 @@ def decode_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int
     return flops
 
 
+def _masked_pairs_twice(model: ModelSpec, seq: int, window: int) -> int:
+    """Twice the pairs of a query and a key that attention skips: half a causal square, and those behind a window."""
+    if not model.is_causal:
+        return 0
+    return seq * seq + ((seq - window) ** 2 if 0 < window < seq else 0)
+
+
 def model_flops(model: ModelSpec, workload: Workload) -> int:
-    """Operations that a prefill of the batch needs at least: causal attention counted half (for MFU)."""
-    single = Layout()
-    full = prefill_flops(model, single, workload, 0)
-    square = model.num_layers * _attention(model, single, 0, workload.batch * workload.seq**2)
-    return full - square // 2
+    """Operations that a prefill of the batch needs at least (for MFU): whole prompts, masked pairs not counted."""
+    single, whole = Layout(), replace(workload, chunk_positions=0, prompt_lengths=())
+    full, seq = prefill_flops(model, single, whole, 0), workload.seq
+    masked_twice = sum(_masked_pairs_twice(model, seq, model.window(layer)) for layer in range(model.num_layers))
+    return full - _attention(model, single, 0, workload.batch * masked_twice) // 2

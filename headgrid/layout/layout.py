@@ -1,7 +1,7 @@
 """A layout: how P = dp x pp x n x m devices share one transformer. A frozen value; all else is derived from it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from headgrid.errors import InvalidLayout
@@ -14,7 +14,9 @@ WeightMode = Literal["stationary", "gathered"]
 Residual = Literal["replicated", "sharded"]
 """Whether every rank holds the hidden states of all tokens, or a share of the tokens (sequence parallelism)."""
 ResidualDtype = Literal["model", "fp32"]
-"""The dtype in which hidden states are kept and added up; what ranks send each other is in the model's."""
+"""The dtype in which hidden states are kept and added up, and passed from stage to stage; the sums within a layer
+travel in the model's.
+"""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")
@@ -82,10 +84,12 @@ class Layout:
                 legal=(f"n{self.num_head_groups}m{max(2, self.num_dim_slices)}:batch+gathered",),
             )
         if self.residual == "sharded" and (self.tp == 1 or self.output == "concat"):
+            ways = [replace(self, residual="replicated")]
+            ways += [replace(self, output="reduce")] if self.tp > 1 else []
             raise InvalidLayout(
                 f"a sharded residual does not go with tp {self.tp} and output {self.output!r}",
                 why="it divides the tokens among the ranks that reduce their outputs, and here none do",
-                legal=("+replicated", f"n{self.num_head_groups}m{max(2, self.num_dim_slices)}:batch+sharded"),
+                legal=[str(way) for way in ways],
             )
 
     @property

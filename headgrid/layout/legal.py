@@ -81,9 +81,29 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
             legal=("decode_steps 0 and chunk_positions 0",),
         )
     if workload.cache_positions > model.max_positions:
+        longest = model.max_positions - workload.decode_steps
         raise InvalidLayout(
             f"{workload.seq} + {workload.decode_steps} positions, but {model.name} has {model.max_positions}",
-            legal=(f"--seq {model.max_positions - workload.decode_steps}",),
+            legal=(f"--seq {longest}",) if longest > 0 else (f"--decode-steps {model.max_positions - 1} --seq 1",),
+        )
+
+
+def check_training(model: ModelSpec, layout: Layout, workload: Workload, ranks: int | None = None) -> None:
+    """Raise InvalidLayout with the legal alternatives if gradients of this combination cannot be had."""
+    check(model, layout, workload, ranks)
+    if workload.chunk_positions:
+        raise InvalidLayout(
+            "training takes whole sequences",
+            numbers=f"chunk_positions {workload.chunk_positions}",
+            why="earlier chunks would need their gradients from later ones",
+            legal=("chunk_positions 0",),
+        )
+    slices = layout.dp * layout.num_dim_slices
+    if layout.weights == "gathered" and slices > workload.batch:
+        raise InvalidLayout(
+            f"{layout}: {layout.dp} x {layout.num_dim_slices} slices share {workload.batch} sequences",
+            why="a slice without a sequence has no part in the gradients",
+            legal=(f"--batch {slices}",),
         )
 
 

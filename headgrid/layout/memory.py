@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from headgrid.layout.activations import activations_peak_bytes, communication_buffer_bytes
-from headgrid.layout.batching import cached_positions, owned_rows
+from headgrid.layout.batching import cached_positions, decode_micro_batches, owned_rows
 from headgrid.layout.layout import Layout
 from headgrid.layout.shards import head_shard, parameters, stage_layers
 from headgrid.spec.model import ModelSpec
@@ -32,11 +32,17 @@ class Memory:
     kv_cache_bytes: int
     activations_peak_bytes: int
     communication_buffer_bytes: int
+    decode_peak_bytes: int
+
+    @property
+    def working_bytes(self) -> int:
+        """The most that either phase holds beside parameters and cache; communication buffers are part of it."""
+        return max(self.activations_peak_bytes, self.decode_peak_bytes)
 
     @property
     def total_bytes(self) -> int:
-        """Parameters, cache and activations; communication buffers are part of the activations' peak."""
-        return self.parameters_bytes + self.kv_cache_bytes + self.activations_peak_bytes
+        """Parameters, cache and what the phases hold."""
+        return self.parameters_bytes + self.kv_cache_bytes + self.working_bytes
 
 
 def cache_shape(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> CacheShape:
@@ -59,11 +65,25 @@ def parameters_bytes(model: ModelSpec, layout: Layout, rank: int, element_bytes:
 
 
 def predict(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Memory:
-    """Memory of `rank` in a prefill, the phase with the most activations."""
+    """Memory of `rank`: activations are those of a prefill, and of a decode step where that may hold more."""
     args = (model, layout, workload, rank)
     return Memory(
         parameters_bytes(model, layout, rank, workload.element_bytes),
         cache_shape(*args).elements * workload.element_bytes,
         activations_peak_bytes(*args),
         communication_buffer_bytes(*args),
+        _decode_bytes(*args),
     )
+
+
+def _decode_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
+    """What a decode step holds over the cache: with `scores` a copy of V without what was never written, K and V in
+    fp32 or wider, and three times the scores of one query for all positions; other exchanges read the cache in place.
+    """
+    if layout.exchange != "scores":
+        return 0
+    at, e = layout.coordinates(rank), workload.element_bytes
+    own, wide = head_shard(model, layout, at.head_group, at.slice), max(4, e)
+    rows = max(mb.size for mb in decode_micro_batches(layout, workload, at.dp)) * workload.cache_positions
+    kv, u = len(own.kv_heads), len(own.v_channels)
+    return rows * (kv * u * e + kv * (own.qk_width + u) * wide + 3 * len(own.heads) * wide)

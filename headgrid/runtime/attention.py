@@ -40,13 +40,14 @@ class Rule:
 class Queries:
     """Where the queries of a call stand: `count` of each sequence, those of sequence i from position `starts[i]` on.
 
-    In prefill all start at the same position. In decode each has its own, and `device` [b] (int64) says the same to
-    kernels, so that a CUDA graph serves every step. `lengths` are prompts' own lengths, for bidirectional models.
+    In prefill all start at the same position. In decode each has its own, and `at` [b] (int64, on the device) says the
+    same to kernels, so that a CUDA graph serves every step: `starts` must not be read there. `lengths` are prompts' own
+    lengths, for bidirectional models.
     """
 
     count: int
     starts: tuple[int, ...]
-    device: Tensor
+    at: Tensor
     decoding: bool = False
     lengths: tuple[int, ...] | None = None
 
@@ -58,15 +59,15 @@ class Queries:
     def rows(self, rows: Span) -> "Queries":
         """The same for some of the sequences."""
         lengths = self.lengths and self.lengths[rows.start : rows.stop]
-        starts, device = self.starts[rows.start : rows.stop], self.device[rows.start : rows.stop]
-        return replace(self, starts=starts, device=device, lengths=lengths)
+        starts, at = self.starts[rows.start : rows.stop], self.at[rows.start : rows.stop]
+        return replace(self, starts=starts, at=at, lengths=lengths)
 
     def of(self, table: Tensor) -> Tensor:
         """Rows of a table by position: [s, ...] in prefill, [b, s, ...] in decode."""
         if not self.decoding:
             start = self.starts[0] if self.starts else 0
             return table[start : start + self.count]
-        return table.index_select(0, self.device)[:, None]
+        return table.index_select(0, self.at)[:, None]
 
     def part(self, span: Span) -> "Queries":
         """Some of the queries of each sequence."""
@@ -95,9 +96,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule) -> Ten
     """
     if not len(q):
         return nothing(q, k, v)
-    if queries.decoding and q.is_cuda:
+    if queries.decoding and q.is_cuda and q.dtype != torch.float64:
         options = {"window": rule.window, "softcap": rule.softcap}
-        return split_kv.decode(q, k, v, queries.device, rule.scale, **options)[0]
+        return split_kv.decode(q, k, v, queries.at, rule.scale, **options)[0]
     if not rule.is_plain or len(set(queries.starts)) > 1 or _ragged(queries, k.shape[1]):
         return _plain(q, k, v, queries, rule)
     if rule.is_causal:
@@ -135,9 +136,9 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, k
 
     A query that sees none of them gets 0 and -inf. `merge` puts parts together (Milakov, Gimelshein 2018).
     """
-    if queries.decoding and q.is_cuda:
+    if queries.decoding and q.is_cuda and q.dtype != torch.float64:
         options = {"window": rule.window, "softcap": rule.softcap, "first": keys.first, "stride": keys.stride}
-        return split_kv.decode(q, k, v, queries.device, rule.scale, **options, part=True)
+        return split_kv.decode(q, k, v, queries.at, rule.scale, **options, part=True)
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
     _by_blocks(q, k, v, queries, rule, keys, out, lse)
@@ -147,7 +148,7 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, k
 def merge(outs: Tensor, lses: Tensor) -> Tensor:
     """Attention to all keys from parts: outs [m, b, s, H, u], lses [m, b, s, H] -> [b, s, H, u], all wide.
 
-    A part with -inf counts nothing, whatever its output; where all are -inf the result is 0.
+    A part with -inf counts nothing, whatever finite output it has; where all are -inf the result is 0.
     """
     top = lses.amax(0).clamp_min(torch.finfo(lses.dtype).min)
     weights = torch.exp(lses - top)
@@ -159,22 +160,21 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule) -> Ten
     """Attention by its definition, for what torch's own does not compute: windows, caps, ragged batches; on a CPU also
     V's heads narrower than K's, where its fallback holds several copies of all scores.
     """
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    _by_blocks(q, k, v, queries, rule, ALL, out, None)
-    return out
+    return _by_blocks(q, k, v, queries, rule, ALL, q.new_empty(*q.shape[:3], v.shape[3]), None)
 
 
 def _by_blocks(
     q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, keys: Keys, out: Tensor, lse: Tensor | None
-) -> None:
-    """Fill in `out` [b, s, H, u], and `lse` [b, s, H] if wanted: then queries may see no key, and are left out.
+) -> Tensor:
+    """`out` [b, s, H, u] filled in, and `lse` [b, s, H] if wanted: then queries may see no key, and are left out.
 
     16-bit inputs are computed in fp32. Scores are held for one sequence and `plain_rows` queries at a time.
     """
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
+    last, blocks = keys.first + keys.stride * k.shape[1], []
     for i, first in enumerate(queries.starts):
-        seen = visible(Span(first, first + queries.count), keys.before(1 << 62), rule.window, rule.is_causal)
+        seen = visible(Span(first, first + queries.count), last, rule.window, rule.is_causal)
         low, high = keys.before(seen.start), min(keys.before(seen.stop), k.shape[1])
         if low == high:
             continue
@@ -198,9 +198,15 @@ def _by_blocks(
                 weights, sums = _guarded_softmax(scores)
                 lse[i, block] = sums.transpose(0, 1)
             del scores
-            out[i, block] = torch.bmm(weights, values).transpose(0, 1)
+            result = torch.bmm(weights, values).transpose(0, 1)
             del weights  # or the next block would hold both
+            if result.requires_grad:  # each write into `out` would cost a copy of its whole gradient
+                blocks.append(result.to(q.dtype))
+            else:
+                out[i, block] = result
+            del result
         del mine, values
+    return torch.cat(blocks).view(out.shape) if blocks else out
 
 
 def _guarded_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +244,7 @@ def store(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> Non
         return
     if not cache.shape[1]:
         return
-    position = queries.device
+    position = queries.at
     slot = ((position - keys.first) // keys.stride).clamp_(0, cache.shape[1] - 1)
     rows = torch.arange(len(new), device=new.device)
     if keys.stride > 1:  # not a branch by position: a CUDA graph serves every step

@@ -94,7 +94,9 @@ class Axis:
         return result
 
     def all_reduce(self, x: Tensor, *, alike: bool = True) -> Tensor:
-        """Sum of `x` over the axis, in place and returned. `x` contiguous, any shape, equal on all ranks."""
+        """Sum of `x` over the axis, in place and returned; with gradients a new tensor. `x` contiguous, of any shape
+        that is the same on all ranks.
+        """
         if self.size == 1:
             return x
         if _differentiated(x):

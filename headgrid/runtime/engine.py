@@ -138,7 +138,9 @@ class Engine:
         logits: list[Tensor] = []
         work = [(step, k) for step in range(steps) for k in range(len(self.decode_plan))]
         returning: dict[int, Receipt] = {}
-        if not self.model.is_causal or self._steps + steps > self.workload.decode_steps:
+        if not self.model.is_causal:
+            raise ValueError(f"{self.model.name} is bidirectional: there is nothing to decode")
+        if self._steps + steps > self.workload.decode_steps:
             raise ValueError(f"{self._steps} + {steps} steps, and the cache has room for {self.workload.decode_steps}")
         arriving = self._expect(len(self._hidden[0])) if steps else None
         for n, (step, k) in enumerate(work):

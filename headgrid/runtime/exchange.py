@@ -240,7 +240,7 @@ def scores(slices: Slices, axis: Axis, rows: Sequence[int], projections: Tensor,
     queries = core.queries
     if queries.decoding:
         blocks = ((Span(0, 1), k.shape[1]),)
-        written = torch.arange(v.shape[1], device=v.device) <= queries.device[:, None]
+        written = torch.arange(v.shape[1], device=v.device) <= queries.at[:, None]
         v = v.masked_fill(~written[..., None, None], 0)  # what was never written may be NaN, and 0 NaN is NaN
     else:
         blocks = score_blocks(len(q) * slices.heads, queries.starts[0], queries.count, is_causal=core.rule.is_causal)
@@ -266,13 +266,13 @@ def _block(q: Tensor, k: Tensor, v: Tensor, axis: Axis, block: Span, core: Core)
 
 def _hidden(core: Core, block: Span, length: int) -> Tensor | None:
     """Keys that the block's queries must not see: bool, broadcast to [b, H, rows, S]; None where they see all."""
-    queries, device = core.queries, core.queries.device.device
+    queries, device = core.queries, core.queries.at.device
     keys = torch.arange(length, device=device)
     if not core.rule.is_causal:
         own = queries.lengths
         return None if own is None else (keys >= torch.tensor(own, device=device)[:, None])[:, None, None]
     if queries.decoding:
-        at = queries.device[:, None]
+        at = queries.at[:, None]
     else:
         at = torch.arange(block.start, block.stop, device=device)[None] + queries.starts[0]
     hidden = attention.hidden_keys(at, keys, core.rule)

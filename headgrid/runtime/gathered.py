@@ -61,7 +61,8 @@ class GatheredPrefill:
 
     def hidden_tokens(self, micro_batch: MicroBatch) -> int:
         """Tokens of a micro-batch whose hidden states this rank holds."""
-        return sum(len(self.over_heads.residual.own(piece.tokens)) for piece in self.pieces(micro_batch))
+        sizes = pieces(len(micro_batch.parts[self.slice.index]), self.workload)
+        return sum(len(self.over_heads.residual.own(len(rows) * len(positions))) for rows, positions in sizes)
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """A micro-batch through this stage: every slice computes the sequences of its own part, b_j of b.

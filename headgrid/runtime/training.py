@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from headgrid.errors import InvalidLayout
 from headgrid.layout.batching import Call, prefill_calls, replica_rows
 from headgrid.layout.gradients import copies_of_kv_heads, ends_of_pipelines, summed_over
 from headgrid.layout.layout import Layout
+from headgrid.layout.legal import check_training
 from headgrid.layout.shards import head_shard
 from headgrid.runtime.collectives import Axis, Observer, Receipt
 from headgrid.runtime.gathered import GatheredPrefill
@@ -48,22 +48,10 @@ class Trainer:
     ) -> None:
         """`weights` as from `stage.load`; they stay the caller's, and may be updated in place between calls.
 
-        Raises InvalidLayout for prompts in chunks, and where gathered weights leave a slice without a sequence.
+        Raises InvalidLayout as `layout.legal.check_training` does.
         """
+        check_training(model, layout, workload)
         rows = replica_rows(layout, workload.batch)[mesh.at.dp]
-        if workload.chunk_positions:
-            raise InvalidLayout(
-                "training takes whole sequences",
-                numbers=f"chunk_positions {workload.chunk_positions}",
-                why="earlier chunks would need their gradients from later ones",
-                legal=("chunk_positions 0",),
-            )
-        if layout.weights == "gathered" and workload.batch < layout.dp * layout.num_dim_slices:
-            raise InvalidLayout(
-                f"{layout}: {layout.dp} x {layout.num_dim_slices} slices share {workload.batch} sequences",
-                why="a slice without a sequence has no part in the gradients",
-                legal=(f"--batch {layout.dp * layout.num_dim_slices}",),
-            )
         self.model, self.layout, self.workload, self.mesh = model, layout, workload, mesh
         self.leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         self.stage = Stage(model, layout, mesh.stage, self.leaves, None, rows)

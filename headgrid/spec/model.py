@@ -73,9 +73,16 @@ class ModelSpec:
             raise InvalidInput(
                 f"rotary positions turn pairs of channels: {self.rotated_dim} of head_dim {self.head_dim} cannot be"
             )
-        for field in ("rotary_dim", "sliding_window", "full_attention_every", "attn_logit_softcapping"):
-            if getattr(self, field) < 0:
-                raise InvalidInput(f"{field} = {getattr(self, field)} is negative", legal=("0 for none",))
+        for field in ("rotary_dim", "sliding_window", "full_attention_every"):
+            if type(getattr(self, field)) is not int or getattr(self, field) < 0:
+                what = f"{field} = {getattr(self, field)} is not a whole number from 0 on"
+                raise InvalidInput(what, legal=("0 for none",))
+        if not 0 <= self.attn_logit_softcapping < math.inf:
+            raise InvalidInput(
+                f"attn_logit_softcapping = {self.attn_logit_softcapping} is no cap", legal=("0 for none",)
+            )
+        if self.rotary_dim and self.positions != "rotary":
+            raise InvalidInput(f"rotary_dim {self.rotary_dim} needs rotary positions, not {self.positions}")
         if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
             raise InvalidInput(f"attention_scale = {self.attention_scale} is not a positive number")
         if self.sliding_window and not self.is_causal:

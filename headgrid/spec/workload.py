@@ -43,7 +43,7 @@ class Workload:
         object.__setattr__(self, "prompt_lengths", tuple(self.prompt_lengths))  # JSON has lists only
         if self.prompt_lengths and len(self.prompt_lengths) != self.batch:
             raise InvalidInput(f"{len(self.prompt_lengths)} prompt lengths for {self.batch} sequences")
-        if any(not 1 <= length <= self.seq for length in self.prompt_lengths):
+        if any(type(length) is not int or not 1 <= length <= self.seq for length in self.prompt_lengths):
             raise InvalidInput(f"a prompt has 1 to {self.seq} tokens", numbers=f"lengths {self.prompt_lengths}")
         if self.dtype not in ELEMENT_BYTES:
             raise InvalidInput(f"dtype {self.dtype!r} is not known", legal=tuple(ELEMENT_BYTES))

@@ -84,7 +84,7 @@ def run(
 
 def rows_of(queries: Queries, rows: slice) -> Queries:
     """Those of some sequences."""
-    return Queries(queries.count, queries.starts[rows], queries.device[rows], queries.decoding)
+    return Queries(queries.count, queries.starts[rows], queries.at[rows], queries.decoding)
 
 
 def new_cache(heads: Heads, layout: Layout, j: int, rows: slice) -> tuple[Tensor, Tensor]:

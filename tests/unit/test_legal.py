@@ -188,6 +188,9 @@ def test_more_positions_than_the_model_has_are_refused_with_a_length_that_works(
         ({"rotary_dim": 3}, ("pairs of channels", "3 of head_dim 8")),
         ({"rotary_dim": 10}, ("pairs of channels", "10 of head_dim 8")),
         ({"rotary_dim": -2}, ("rotary_dim", "-2")),
+        ({"sliding_window": 2.5}, ("sliding_window", "2.5")),
+        ({"attn_logit_softcapping": float("inf")}, ("attn_logit_softcapping", "inf")),
+        ({"attn_logit_softcapping": float("nan")}, ("attn_logit_softcapping", "nan")),
         ({"sliding_window": -1}, ("sliding_window", "-1", "0 for none")),
         ({"full_attention_every": -2}, ("full_attention_every", "-2", "0 for none")),
         ({"attn_logit_softcapping": -30.0}, ("attn_logit_softcapping", "-30.0", "0 for none")),
@@ -245,7 +248,9 @@ def test_what_a_model_says_of_its_attention() -> None:
     assert (plain.scale, plain.rotated_dim, plain.window(0)) == (pytest.approx(8**-0.5), 8, 0)
     assert replace(plain, attention_scale=0.25).scale == 0.25
     assert replace(plain, rotary_dim=4).rotated_dim == 4
-    assert replace(plain, positions="learned", rotary_dim=4).rotated_dim == 0
+    assert replace(plain, positions="learned").rotated_dim == 0
+    with pytest.raises(InvalidInput, match="rotary_dim 4 needs rotary positions"):
+        replace(plain, positions="learned", rotary_dim=4)
     alternating = replace(plain, sliding_window=3, full_attention_every=2)
     assert [alternating.window(layer) for layer in range(5)] == [3, 0, 3, 0, 3]
     assert [replace(plain, sliding_window=3).window(layer) for layer in range(3)] == [3, 3, 3]

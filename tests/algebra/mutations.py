@@ -164,7 +164,7 @@ def _one_position_off(stage: Stage, case: Case) -> None:
     def off(layer: object, index: int, x: Tensor, call: StageCall) -> Tensor:
         q = call.queries
         if q.decoding:
-            moved = replace(q, starts=tuple(start - 1 for start in q.starts), device=q.device - 1)
+            moved = replace(q, starts=tuple(start - 1 for start in q.starts), at=q.at - 1)
             call = replace(call, queries=moved)
         return right(layer, index, x, call)  # type: ignore[arg-type]
 

@@ -18,6 +18,7 @@ from headgrid.layout.traffic import (
     Collective,
     Step,
     all_reduce_bytes,
+    enter_calls,
     gathered_steps,
     gathered_weights,
     hidden_bytes,
@@ -91,31 +92,18 @@ def _exchange_back(step: Step) -> Iterator[Collective]:
         yield from EXCHANGE_CALLS[layout.exchange](step)  # sums of scores, and of their gradients
 
 
-def _enter_back(step: Step) -> Iterator[Collective]:
-    width = step.model.hidden_size * step.element_bytes
-    if step.layout.residual == "sharded":
-        yield Collective("reduce_scatter", step.axis, (step.tokens - step.own_tokens) * width)
-    elif step.layout.tp > 1:
-        yield Collective("all_reduce", step.axis, all_reduce_bytes(step.tokens * width, step.layout.tp))
-
-
-def _leave_back(step: Step) -> Iterator[Collective]:
-    if step.layout.residual == "sharded":
-        part = step.own_tokens * step.model.hidden_size * step.element_bytes
-        yield Collective("all_gather", step.axis, (step.layout.tp - 1) * part)
-
-
 def _layer_back(step: Step) -> Iterator[Collective]:
-    yield from _leave_back(step)
-    yield from _enter_back(step)
+    """Backwards through both halves: gradients enter where results left, and leave where hidden states entered."""
+    yield from enter_calls(step)
+    yield from leave_calls(step)
     if step.layout.output == "reduce":
-        yield from _leave_back(step)
+        yield from enter_calls(step)
     elif step.layout.tp > 1:
         others = step.model.num_heads * step.model.head_dim - len(step.own.heads) * len(step.own.v_channels)
         yield Collective("reduce_scatter", step.axis, step.tokens * others * step.element_bytes)
     yield from _exchange_back(step)
     yield from qk_norm_calls(step)
-    yield from _enter_back(step)
+    yield from leave_calls(step)
 
 
 def _whole_hidden(step: Step) -> Iterator[Collective]:
@@ -149,7 +137,7 @@ def _stationary(model: ModelSpec, layout: Layout, workload: Workload, rank: int,
     yield from _between_stages(layout, rank, hidden_bytes(step))
     if stage == 0:
         yield from leave_calls(step)
-        yield from _leave_back(step)
+        yield from enter_calls(step)
     for _ in range(len(stage_layers(model, layout)[stage])):
         yield from layer_calls(step)
         yield from _layer_back(step)
@@ -175,7 +163,7 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, c
         yield from _gathered_both_ways(layout, table, at.slice)
         for step in steps:
             yield from leave_calls(step)
-            yield from _leave_back(step)
+            yield from enter_calls(step)
     if at.pp == layout.pp - 1:
         for step in steps:
             yield from _whole_hidden(step)

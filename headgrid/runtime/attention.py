@@ -52,6 +52,11 @@ class Queries:
     lengths: tuple[int, ...] | None = None
 
     @property
+    def start(self) -> int:
+        """Where prefill's queries start."""
+        return self.starts[0] if self.starts else 0
+
+    @property
     def cached(self) -> bool:
         """Whether earlier positions are in the cache."""
         return self.decoding or any(self.starts)
@@ -65,8 +70,7 @@ class Queries:
     def of(self, table: Tensor) -> Tensor:
         """Rows of a table by position: [s, ...] in prefill, [b, s, ...] in decode."""
         if not self.decoding:
-            start = self.starts[0] if self.starts else 0
-            return table[start : start + self.count]
+            return table[self.start : self.start + self.count]
         return table.index_select(0, self.at)[:, None]
 
     def part(self, span: Span) -> "Queries":
@@ -102,7 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule) -> Ten
     if not rule.is_plain or len(set(queries.starts)) > 1 or _ragged(queries, k.shape[1]):
         return _plain(q, k, v, queries, rule)
     if rule.is_causal:
-        k, v = (x[:, : queries.starts[0] + queries.count] for x in (k, v))
+        k, v = (x[:, : queries.start + queries.count] for x in (k, v))
     if not q.is_cuda and (k.shape[-1] != v.shape[-1] or 1 < queries.count < k.shape[1]):
         return _plain(q, k, v, queries, rule)
     return _fused(q, k, v, rule)
@@ -236,9 +240,8 @@ def store(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> Non
     positions `keys` only.
     """
     if not queries.decoding:
-        start = queries.starts[0] if queries.starts else 0
-        first = keys.before(start)
-        offset = keys.first + keys.stride * first - start
+        first = keys.before(queries.start)
+        offset = keys.first + keys.stride * first - queries.start
         mine = new[:, offset :: keys.stride]
         cache[:, first : first + mine.shape[1]] = mine
         return

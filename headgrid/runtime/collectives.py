@@ -60,7 +60,8 @@ class _Collective(torch.autograd.Function):
         return ctx.back_of(grads[0]), None, None
 
 
-def _differentiated(x: Tensor) -> bool:
+def differentiated(x: Tensor) -> bool:
+    """Whether a gradient of `x` is wanted."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
@@ -99,7 +100,7 @@ class Axis:
         """
         if self.size == 1:
             return x
-        if _differentiated(x):
+        if differentiated(x):
             back = (lambda grad: grad) if alike else self._sum_copy
             return _Collective.apply(x, self._sum_copy, back)
         return self._sum(x)
@@ -117,13 +118,13 @@ class Axis:
 
         Nothing is sent but in backward, where the gradients of the parts are summed.
         """
-        return _Collective.apply(x, _view, self._sum_copy) if self.size > 1 and _differentiated(x) else x
+        return _Collective.apply(x, _view, self._sum_copy) if self.size > 1 and differentiated(x) else x
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], *, alike: bool = False) -> Tensor:
         """The parts of all ranks in axis order, flat: rank r contributes `sizes[r]` elements. `x` flat, contiguous."""
         if self.size == 1:
             return x
-        if _differentiated(x):
+        if differentiated(x):
             return _Collective.apply(x, partial(self._gather, sizes=sizes), self._back_of_gather(sizes, alike))
         return self._gather(x, sizes)
 
@@ -138,7 +139,7 @@ class Axis:
         out = x.new_empty(sum(sizes))
         work = self._start_gather(out, x.detach(), sizes, async_op=True)
         assert work is not None
-        back = self._back_of_gather(sizes, alike=False) if _differentiated(x) else None
+        back = self._back_of_gather(sizes, alike=False) if differentiated(x) else None
         return Receipt(self, issued, work, out, x, back)
 
     def _gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -162,7 +163,7 @@ class Axis:
         """
         if self.size == 1:
             return x
-        if _differentiated(x):
+        if differentiated(x):
             run, back = partial(self._scatter_sum, sizes=sizes), partial(self._gather, sizes=sizes)
             return _Collective.apply(x, run, back)
         return self._scatter_sum(x, sizes)
@@ -184,7 +185,7 @@ class Axis:
         """`send[r]` elements of flat `x` go to rank r; the `receive[r]` that come from it, in axis order, flat."""
         if self.size == 1:
             return x
-        if _differentiated(x):
+        if differentiated(x):
             run = partial(self._exchange, send=send, receive=receive)
             return _Collective.apply(x, run, partial(self._exchange, send=receive, receive=send))
         return self._exchange(x, send, receive)

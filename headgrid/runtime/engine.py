@@ -133,15 +133,16 @@ class Engine:
 
         Continues where prefill or the last decode ended. With pp > 1 the first stage works on the next micro-batch
         while later stages finish this one; only the tokens, which return on a channel of their own, hold it up.
+        Raises ValueError for a bidirectional model, or more steps than the cache has room for.
         """
-        tokens: list[Tensor] = []
-        logits: list[Tensor] = []
-        work = [(step, k) for step in range(steps) for k in range(len(self.decode_plan))]
-        returning: dict[int, Receipt] = {}
         if not self.model.is_causal:
             raise ValueError(f"{self.model.name} is bidirectional: there is nothing to decode")
         if self._steps + steps > self.workload.decode_steps:
             raise ValueError(f"{self._steps} + {steps} steps, and the cache has room for {self.workload.decode_steps}")
+        tokens: list[Tensor] = []
+        logits: list[Tensor] = []
+        work = [(step, k) for step in range(steps) for k in range(len(self.decode_plan))]
+        returning: dict[int, Receipt] = {}
         arriving = self._expect(len(self._hidden[0])) if steps else None
         for n, (step, k) in enumerate(work):
             mb = self.decode_plan[k]

@@ -243,7 +243,7 @@ def scores(slices: Slices, axis: Axis, rows: Sequence[int], projections: Tensor,
         written = torch.arange(v.shape[1], device=v.device) <= queries.at[:, None]
         v = v.masked_fill(~written[..., None, None], 0)  # what was never written may be NaN, and 0 NaN is NaN
     else:
-        blocks = score_blocks(len(q) * slices.heads, queries.starts[0], queries.count, is_causal=core.rule.is_causal)
+        blocks = score_blocks(len(q) * slices.heads, queries.start, queries.count, is_causal=core.rule.is_causal)
     return torch.cat([_block(q, k[:, :keys], v[:, :keys], axis, block, core) for block, keys in blocks], dim=1)
 
 
@@ -274,7 +274,7 @@ def _hidden(core: Core, block: Span, length: int) -> Tensor | None:
     if queries.decoding:
         at = queries.at[:, None]
     else:
-        at = torch.arange(block.start, block.stop, device=device)[None] + queries.starts[0]
+        at = torch.arange(block.start, block.stop, device=device)[None] + queries.start
     hidden = attention.hidden_keys(at, keys, core.rule)
     return None if hidden is None else hidden[:, None]
 

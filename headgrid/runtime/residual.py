@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headgrid.layout.span import Span, balanced
-from headgrid.runtime.collectives import Axis
+from headgrid.runtime.collectives import Axis, differentiated
 
 
 class Residual(Protocol):
@@ -84,7 +84,7 @@ class Sharded:
     def pick(self, x: Tensor, tokens: int, wanted: Sequence[int]) -> Tensor:
         """The rows that this rank holds, and zeros for the others, summed. With gradients: all tokens, gathered."""
         own = self.own(tokens)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if differentiated(x):
             whole = self.tp.all_gather(x.reshape(-1), self._sizes(tokens, x.shape[1]), alike=True).view(tokens, -1)
             return _rows(whole, wanted)
         mine = [token - own.start for token in wanted if own.start <= token < own.stop]

@@ -12,10 +12,10 @@ from typing import Any
 
 from headgrid.layout.batching import Call, MicroBatch, attended_rows, pieces, prefill_calls, query_share, replica_rows
 from headgrid.layout.held import INDEX_BYTES, Shape, exchange_bytes, gathered, token_shares, turned_pairs
-from headgrid.layout.layout import Coordinates, Layout
-from headgrid.layout.shards import head_shard, head_shards, parameters, stage_layers
+from headgrid.layout.layout import Layout
+from headgrid.layout.shards import head_shard, head_shards, stage_layers
 from headgrid.layout.span import Span, balanced, total
-from headgrid.layout.traffic import over_heads
+from headgrid.layout.traffic import gathered_weights, over_heads
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -175,8 +175,10 @@ def _stationary_shape(model: ModelSpec, layout: Layout, workload: Workload, rank
     )
 
 
-def _stationary_shapes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Iterator[Shape]:
-    """Of every call of a prefill; calls of the same size share one, where no prompt differs from another."""
+def _stationary_shapes(
+    model: ModelSpec, layout: Layout, workload: Workload, rank: int
+) -> Iterator[tuple[Hashable, Shape]]:
+    """Of every call of a prefill, with a key: calls of one size share both, where no prompt differs from another."""
     known: dict[Hashable, Shape] = {}
     for call in prefill_calls(layout, workload, layout.coordinates(rank).dp):
         key: Hashable = call
@@ -184,7 +186,7 @@ def _stationary_shapes(model: ModelSpec, layout: Layout, workload: Workload, ran
             key = tuple(map(len, call.micro_batch.parts)), call.positions
         if key not in known:
             known[key] = _stationary_shape(model, layout, workload, rank, call)
-        yield known[key]
+        yield key, known[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,24 +210,6 @@ def _stationary(shape: Shape, spans: frozenset[int], first: bool, last: bool) ->
     return _Held(hidden, shape.tokens * INDEX_BYTES, starts + max(most))
 
 
-@lru_cache(maxsize=32)
-def _gathered_parts(model: ModelSpec, layout: Layout, rank: int) -> dict[str, list[int]]:
-    """Elements of each slice's part of what a layer gathers, in the order in which it is put together."""
-    at = layout.coordinates(rank)
-    prefix = f"layers.{stage_layers(model, layout)[at.pp].start}."
-    parts: dict[str, list[int]] = {}
-    for j in range(layout.num_dim_slices):
-        shards = parameters(model, layout, layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)))
-        for name, shard in shards.items():
-            part, kind = name.split(".")[-2:]
-            if name.startswith(prefix) and part != "norm" and (kind == "weight" or part in ("q", "k", "v", "up")):
-                stem = "qkv" if part in ("q", "k", "v") else part
-                sizes = parts.setdefault(stem if kind == "weight" else f"{stem} bias", [0] * layout.num_dim_slices)
-                sizes[j] += shard.num_elements
-    order = ("qkv", "qkv bias", "o", "up", "up bias", "down", "q_norm", "k_norm")
-    return {name: parts[name] for name in order if name in parts}
-
-
 def _gathered_shapes(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> list[Shape]:
     """A slice's own sequences on the gathered weights of its head group, piece by piece."""
     mine, shape = mb.parts[layout.coordinates(rank).slice], _place(model, layout, rank, workload.element_bytes)
@@ -244,7 +228,7 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
     at, e = layout.coordinates(rank), workload.element_bytes
     shapes = _gathered_shapes(model, layout, workload, rank, mb)
     hidden, starts = sum(shape.hidden_bytes for shape in shapes), sum(shape.rows for shape in shapes) * INDEX_BYTES
-    parts = {name: [size * e for size in sizes] for name, sizes in _gathered_parts(model, layout, rank).items()}
+    parts = {name: [size * e for size in sizes] for name, sizes in gathered_weights(model, layout, rank).items()}
     layer, under_way = sum(map(sum, parts.values())), sum(gathered(sizes, at.slice) for sizes in parts.values())
     spans, layers = _windows(model, layout, rank), stage_layers(model, layout)[at.pp]
     steps = max((_steps_bytes(shape, spans) for shape in set(shapes)), default=0)
@@ -292,11 +276,11 @@ def _held(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> It
         for call in prefill_calls(layout, workload, at.dp):
             yield _gathered(model, layout, workload, rank, call.micro_batch)
         return
-    known: dict[int, _Held] = {}
-    for shape in _stationary_shapes(model, layout, workload, rank):
-        if id(shape) not in known:
-            known[id(shape)] = _stationary(shape, spans, first, last)
-        yield known[id(shape)]
+    known: dict[Hashable, _Held] = {}
+    for key, shape in _stationary_shapes(model, layout, workload, rank):
+        if key not in known:
+            known[key] = _stationary(shape, spans, first, last)
+        yield known[key]
 
 
 def activations_peak_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
@@ -346,7 +330,7 @@ def _of_layers(shape: Shape) -> Iterator[int]:
 def _of_weights(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> Iterator[int]:
     """Bytes that arrive where weights are gathered: these, the vocabulary and last tokens."""
     at, m, e = layout.coordinates(rank), layout.num_dim_slices, workload.element_bytes
-    yield from (sum(sizes) * e for sizes in _gathered_parts(model, layout, rank).values())
+    yield from (sum(sizes) * e for sizes in gathered_weights(model, layout, rank).values())
     if at.pp == 0:
         vocab = balanced(model.vocab_size, layout.tp)[at.head_group * m : (at.head_group + 1) * m]
         yield total(vocab) * model.hidden_size * e
@@ -363,7 +347,7 @@ def _of_call(model: ModelSpec, layout: Layout, workload: Workload, rank: int) ->
             yield from _of_weights(model, layout, workload, rank, call.micro_batch)
         several = [(_gathered_shapes(model, layout, workload, rank, c.micro_batch), c.micro_batch.size) for c in calls]
     else:
-        different = {id(shape): shape for shape in _stationary_shapes(model, layout, workload, rank)}
+        different = dict(_stationary_shapes(model, layout, workload, rank))
         several = [([shape], shape.ending) for shape in different.values()]
     for shapes, ending in several:
         for shape in shapes:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from headgrid.layout.batching import Call, prefill_calls, query_share
 from headgrid.layout.layout import Coordinates, Layout
 from headgrid.layout.shards import head_groups, head_shard, parameters, stage_layers
-from headgrid.layout.span import indices, total
+from headgrid.layout.span import total
 from headgrid.layout.traffic import (
     EXCHANGE_CALLS,
     Collective,
@@ -150,15 +150,14 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, c
     at, e = layout.coordinates(rank), workload.element_bytes
     steps = gathered_steps(model, layout, workload, rank, call.micro_batch)
     yield from _between_stages(layout, rank, sum(map(hidden_bytes, steps)))
-    peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
-    weights = [gathered_weights(model, layout, peer, stage_layers(model, layout)[at.pp].start) for peer in peers]
-    for _ in indices((stage_layers(model, layout)[at.pp],)):
-        for sizes in zip(*weights, strict=True):
+    for _ in range(len(stage_layers(model, layout)[at.pp])):
+        for sizes in gathered_weights(model, layout, rank).values():
             yield from _gathered_both_ways(layout, [size * e for size in sizes], at.slice)
         for step in steps:
             yield from layer_calls(step)
             yield from _layer_back(step)
     if at.pp == 0:
+        peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
         table = [parameters(model, layout, peer)["embedding.weight"].num_elements * e for peer in peers]
         yield from _gathered_both_ways(layout, table, at.slice)
         for step in steps:

@@ -8,6 +8,7 @@ the parts for others, send N (Thakur, Rabenseifner, Gropp 2005); `recv` counts t
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from headgrid.layout.batching import (
@@ -20,9 +21,9 @@ from headgrid.layout.batching import (
     replica_rows,
     score_blocks,
 )
-from headgrid.layout.layout import Layout
+from headgrid.layout.layout import Coordinates, Layout
 from headgrid.layout.shards import HeadShard, head_shard, parameters, stage_layers
-from headgrid.layout.span import Span, balanced, indices, total
+from headgrid.layout.span import Span, balanced, total
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -264,8 +265,8 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
         yield Collective("all_gather", "tp_slice", others * shards["embedding.weight"].num_elements * e)
         for step in steps:
             yield from leave_calls(step)
-    for index in indices((stage_layers(model, layout)[at.pp],)):
-        yield from _gathered_layer(model, layout, workload, rank, index, steps)
+    for _ in range(len(stage_layers(model, layout)[at.pp])):
+        yield from _gathered_layer(model, layout, workload, rank, steps)
     if at.pp < layout.pp - 1:
         yield from message("send", sum(map(hidden_bytes, steps)))
     else:
@@ -275,24 +276,40 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
         yield from logits_calls(model, layout, rank, mb.size, e)
 
 
-def gathered_weights(model: ModelSpec, layout: Layout, rank: int, index: int) -> list[int]:
-    """Elements of what a rank contributes to each gathering of a layer's weights."""
-    shards = parameters(model, layout, rank)
-    parts = (("attention.q", "attention.k", "attention.v"), ("attention.o",), ("mlp.up",), ("mlp.down",))
-    named = [[f"layers.{index}.{name}.weight" for name in names] for names in parts]
-    if model.linear_bias:
-        named += [[f"layers.{index}.{name}.bias" for name in names] for names in (parts[0], parts[2])]
-    if model.qk_norm:
-        named += [[f"layers.{index}.attention.{name}_norm.weight"] for name in ("q", "k")]
-    return [sum(shards[name].num_elements for name in names) for names in named]
+_GATHERED = {
+    "qkv": ("attention.q.weight", "attention.k.weight", "attention.v.weight"),
+    "qkv bias": ("attention.q.bias", "attention.k.bias", "attention.v.bias"),
+    "o": ("attention.o.weight",),
+    "up": ("mlp.up.weight",),
+    "up bias": ("mlp.up.bias",),
+    "down": ("mlp.down.weight",),
+    "q_norm": ("attention.q_norm.weight",),
+    "k_norm": ("attention.k_norm.weight",),
+}
+"""What a layer gathers, in the order in which it is put together, and the weights that it consists of."""
+
+
+@lru_cache(maxsize=32)  # the same for every layer and call
+def gathered_weights(model: ModelSpec, layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
+    """Elements of each slice's part of what a layer of the rank's stage gathers, in the order it is put together."""
+    at = layout.coordinates(rank)
+    prefix = f"layers.{stage_layers(model, layout)[at.pp].start}."
+    peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
+    shards = [parameters(model, layout, peer) for peer in peers]
+    return {
+        name: tuple(sum(held[prefix + part].num_elements for part in parts) for held in shards)
+        for name, parts in _GATHERED.items()
+        if prefix + parts[0] in shards[0]
+    }
 
 
 def _gathered_layer(
-    model: ModelSpec, layout: Layout, workload: Workload, rank: int, index: int, steps: list[Step]
+    model: ModelSpec, layout: Layout, workload: Workload, rank: int, steps: list[Step]
 ) -> Iterator[Collective]:
     """The slices of a layer's weights once, then what the head groups exchange for each piece."""
-    for size in gathered_weights(model, layout, rank, index):
-        yield Collective("all_gather", "tp_slice", (layout.num_dim_slices - 1) * size * workload.element_bytes)
+    others, j = layout.num_dim_slices - 1, layout.coordinates(rank).slice
+    for sizes in gathered_weights(model, layout, rank).values():
+        yield Collective("all_gather", "tp_slice", others * sizes[j] * workload.element_bytes)
     for step in steps:
         yield from layer_calls(step)
 
@@ -321,9 +338,8 @@ def layer_collectives(model: ModelSpec, layout: Layout, workload: Workload, rank
     found: set[Collective] = set()
     for call in prefill_calls(layout, workload, at.dp):
         if layout.weights == "gathered":
-            first = stage_layers(model, layout)[at.pp].start
             steps = gathered_steps(model, layout, workload, rank, call.micro_batch)
-            found.update(_gathered_layer(model, layout, workload, rank, first, steps))
+            found.update(_gathered_layer(model, layout, workload, rank, steps))
         else:
             found.update(layer_calls(stationary_step(model, layout, workload, rank, call)))
     for mb in decode_micro_batches(layout, workload, at.dp):

@@ -6,13 +6,15 @@ of a run it is the noise floor that a layout's error is compared with.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headgrid.spec.model import ModelSpec
+from headgrid.spec.model import Biased, ModelSpec
+from headgrid.spec.rope import Rope
 
 GetWeight = Callable[[str], Tensor]
 """The whole tensor of a global name, in any dtype and on any device; called once for each tensor."""
@@ -33,39 +35,84 @@ class Reference:
     def _get(self, name: str) -> Tensor:
         return self._fetch(name).to(self.device, self.dtype)
 
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        bias = self._get(f"{name}.bias") if self.model.linear_bias else None
+    def _linear(self, x: Tensor, name: str, part: Biased) -> Tensor:
+        bias = self._get(f"{name}.bias") if part in self.model.linear_bias else None
         return F.linear(x, self._get(f"{name}.weight"), bias)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight, bias = self._get(f"{name}.norm.weight"), self._get(f"{name}.norm.bias")
-        return F.layer_norm(x, (self.model.hidden_size,), weight, bias, self.model.norm_eps)
+        """Over the last dim; by root mean squares in fp32 or wider, times weight or 1 + weight."""
+        weight, model = self._get(f"{name}.weight"), self.model
+        if model.norm == "layer":
+            return F.layer_norm(x, (model.hidden_size,), weight, self._get(f"{name}.bias"), model.norm_eps)
+        return self._rms_norm(x, weight)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., w] divided by its root mean square (Zhang, Sennrich 2019), times a weight [w]."""
+        wide = x.float() if self.dtype.itemsize == 2 else x
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.model.norm_eps)
+        if self.model.norm_unit_offset:  # Gemma rounds once, behind the weight
+            return (normed * (1 + weight.to(wide.dtype))).to(self.dtype)
+        return normed.to(self.dtype) * weight
 
     def logits(self, tokens: Tensor, last: int) -> Tensor:
-        """Logits [b, last, vocab_size] of the last `last` positions of `tokens` [b, s] (int64)."""
-        tokens = tokens.to(self.device)
-        x = F.embedding(tokens, self._get("embedding.weight"))
-        if self.model.positions == "learned":
-            x = x + self._get("positions.weight")[: tokens.shape[1]]
+        """Logits [b, last, vocab_size] of the last `last` positions of `tokens` [b, s] (int64).
+
+        Of a model without a head, hidden states [b, last, D].
+        """
+        *_, x = self.hidden_states(tokens)
+        return self.head(x[:, -last:])
+
+    def hidden_states(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The embeddings of `tokens` [b, s] (int64), and what each layer makes of them: 1 + num_layers x [b, s, D]."""
+        x = self._embed(tokens.to(self.device))
+        yield x
         for layer in range(self.model.num_layers):
-            x = x + self.attention(layer, x)
-            x = x + self._mlp(layer, x)
-        x = self._norm(x[:, -last:], "final")
-        return F.linear(x, self._get("embedding.weight" if self.model.tied_embeddings else "head.weight"))
+            x = self._added(x, self.attention(layer, x), f"layers.{layer}.attention")
+            x = self._added(x, self._mlp(layer, x), f"layers.{layer}.mlp")
+            yield x
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        x = F.embedding(tokens, self._get("embedding.weight"))
+        x = x * torch.tensor(model.embedding_scale, dtype=self.dtype)
+        if model.positions == "learned":
+            x = x + self._get("positions.weight")[: tokens.shape[1]]
+        if model.token_types:
+            x = x + self._get("token_types.weight")[0]
+        return self._norm(x, "embedding.norm") if model.embedding_norm else x
+
+    def _added(self, x: Tensor, y: Tensor, name: str) -> Tensor:
+        return self._norm(x + y, f"{name}.norm") if self.model.norm_placement == "post" else x + y
+
+    def _half(self, x: Tensor, name: str, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """What one half of a layer adds to x, with its norms before and behind `part`, where it has them."""
+        y = part(x if self.model.norm_placement == "post" else self._norm(x, f"{name}.norm"))
+        return self._norm(y, f"{name}.post_norm") if self.model.norm_placement == "both" else y
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., vocab_size] of the last layer's hidden states x [..., D]; without a head the states."""
+        x = self._norm(x, "final.norm") if self.model.has_final_norm else x
+        if self.model.head == "none":
+            return x
+        logits = F.linear(x, self._get("embedding.weight" if self.model.tied_embeddings else "head.weight"))
+        cap = self.model.final_logit_softcapping
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def attention(self, layer: int, x: Tensor) -> Tensor:
-        """The attention half of a layer: norm, projections, attention, output projection. x [b, s, D] -> same."""
+        """The attention half of a layer: norms, projections, attention, output projection. x [b, s, D] -> same."""
+        return self._half(x, f"layers.{layer}.attention", partial(self._attend, layer))
+
+    def _attend(self, layer: int, x: Tensor) -> Tensor:
         model, name = self.model, f"layers.{layer}.attention"
-        h = self._norm(x, name)
-        q, k, v = (self._linear(h, f"{name}.{part}").unflatten(-1, (-1, model.head_dim)) for part in "qkv")
+        q, k, v = (self._linear(x, f"{name}.{part}", "qkv").unflatten(-1, (-1, model.head_dim)) for part in "qkv")
         if model.qk_norm:
-            q, k = self._rms_norm(q, f"{name}.q_norm"), self._rms_norm(k, f"{name}.k_norm")
+            q, k = (self._rms_norm(y, self._get(f"{name}.{part}_norm.weight")) for y, part in ((q, "q"), (k, "k")))
         if model.positions == "rotary":
-            q, k = self._rotate(q), self._rotate(k)
+            q, k = self._rotate(q, model.rope(layer)), self._rotate(k, model.rope(layer))
         group, window = model.num_heads // model.num_kv_heads, model.window(layer)
         head = self._fused_head if self.dtype.itemsize == 2 else self._head
         heads = [head(q[:, :, h], k[:, :, h // group], v[:, :, h // group], window) for h in range(model.num_heads)]
-        return self._linear(torch.cat(heads, dim=-1), f"{name}.o")
+        return self._linear(torch.cat(heads, dim=-1), f"{name}.o", "o")
 
     def _fused_head(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """One head by torch's own attention: what a plain 16-bit model does, whose scores are never rounded."""
@@ -104,30 +151,28 @@ class Reference:
             out.append(torch.softmax(scores, dim=-1) @ v)
         return torch.cat(out, dim=1)
 
-    def _rms_norm(self, x: Tensor, name: str) -> Tensor:
-        """Each head divided by its root mean square (Zhang, Sennrich 2019), times a weight [d]. x [b, s, heads, d]."""
-        squares = x.float() if self.dtype.itemsize == 2 else x
-        size = torch.rsqrt(squares.pow(2).mean(-1, keepdim=True) + self.model.norm_eps)
-        return (squares * size).to(self.dtype) * self._get(f"{name}.weight")
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary positions (Su et al. 2021), pairs (c, c + r/2) of the r channels that turn,
-        angle position x theta^(-2c/r). x [b, s, heads, d].
-        """
-        turned = self.model.rotary_dim or self.model.head_dim
-        half = turned // 2
-        turns = self.model.rope_theta ** (-torch.arange(half, device=self.device).double() / half)
+    def _rotate(self, x: Tensor, rope: Rope) -> Tensor:
+        """Rotary positions (Su et al. 2021), pairs (c, c + r/2) of the r channels that turn. x [b, s, heads, d]."""
+        half = rope.dim // 2
+        turns = torch.tensor(rope.frequencies(), dtype=torch.float64, device=self.device)
         angles = torch.arange(x.shape[1], device=self.device).double()[:, None, None] * turns
-        cos, sin = torch.cos(angles).to(self.dtype), torch.sin(angles).to(self.dtype)
-        a, b, rest = x.split([half, half, self.model.head_dim - turned], dim=-1)
+        cos, sin = ((f(angles) * rope.amplitude).to(self.dtype) for f in (torch.cos, torch.sin))
+        a, b, rest = x.split([half, half, self.model.head_dim - rope.dim], dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        name = f"layers.{layer}.mlp"
-        approximate = "tanh" if self.model.activation == "gelu_tanh" else "none"
-        return self._linear(
-            F.gelu(self._linear(self._norm(x, name), f"{name}.up"), approximate=approximate), f"{name}.down"
-        )
+        return self._half(x, f"layers.{layer}.mlp", partial(self._units, f"layers.{layer}.mlp"))
+
+    def _units(self, name: str, x: Tensor) -> Tensor:
+        up = self._linear(x, f"{name}.up", "mlp")
+        if self.model.gated_mlp:
+            return self._linear(self._activate(self._linear(x, f"{name}.gate", "mlp")) * up, f"{name}.down", "mlp")
+        return self._linear(self._activate(up), f"{name}.down", "mlp")
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.model.activation in ("silu", "relu"):
+            return F.silu(x) if self.model.activation == "silu" else F.relu(x)
+        return F.gelu(x, approximate="tanh" if self.model.activation == "gelu_tanh" else "none")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

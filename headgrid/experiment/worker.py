@@ -27,8 +27,8 @@ from headgrid.layout.traffic import decode_collectives, layer_collectives, prefi
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder, barrier
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.stage import load
 from headgrid.runtime.weights import draw
 
 

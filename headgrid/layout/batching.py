@@ -1,6 +1,7 @@
 """Which sequences and positions a rank computes and caches, and in which calls they pass through the pipeline."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headgrid.layout.layout import Layout
@@ -73,6 +74,14 @@ class Call:
             return list(range(self.micro_batch.size)) if self.positions.stop == workload.seq else []
         first, last = self.positions.start + 1, self.positions.stop
         return [k for k, row in enumerate(self.micro_batch.rows()) if first <= workload.length(row) <= last]
+
+    def wanted(self, workload: Workload) -> Sequence[int]:
+        """Which of the call's tokens get logits, by their places: the last of each prompt, or all."""
+        rows, queries = self.micro_batch.rows(), len(self.positions)
+        if workload.every_token:
+            return range(len(rows) * queries)
+        before = self.positions.start + 1
+        return [k * queries + workload.length(rows[k]) - before for k in self.ending(workload)]
 
 
 def position_chunks(workload: Workload) -> Spans:

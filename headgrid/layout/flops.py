@@ -24,7 +24,7 @@ from headgrid.spec.workload import Workload
 def _linears(model: ModelSpec, layout: Layout, rank: int) -> tuple[int, int]:
     """Elements of the rank's weight matrices used for every token, and of those used for last positions only."""
     matrices = {k: v for k, v in parameters(model, layout, rank).items() if v.cols is not None}
-    tables = ("embedding.weight", "positions.weight", "head.weight")
+    tables = ("embedding.weight", "positions.weight", "token_types.weight", "head.weight")
     per_token = sum(shard.num_elements for name, shard in matrices.items() if name not in tables)
     last = layout.coordinates(rank).pp == layout.pp - 1
     head = matrices.get("head.weight", matrices.get("embedding.weight") if model.tied_embeddings else None)
@@ -84,7 +84,7 @@ def prefill_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: in
     flops = 0
     for call in prefill_calls(layout, workload, layout.coordinates(rank).dp):
         mb, rows = call.micro_batch, attended_rows(layout, call.micro_batch, layout.coordinates(rank).slice)
-        flops += 2 * per_token * mb.size * len(call.positions) + 2 * head * len(call.ending(workload))
+        flops += 2 * per_token * mb.size * len(call.positions) + 2 * head * len(call.wanted(workload))
         flops += _prefill_attention(model, layout, rank, rows, call.positions)
     return flops
 
@@ -97,7 +97,7 @@ def _gathered_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: 
     head, flops = _linears(model, layout, rank)[1], 0
     for call in prefill_calls(layout, workload, at.dp):
         rows = len(call.micro_batch.parts[at.slice])
-        flops += 2 * per_token * rows * workload.seq + 2 * head * call.micro_batch.size
+        flops += 2 * per_token * rows * workload.seq + 2 * head * call.micro_batch.size * workload.outputs
         for some, positions in pieces(rows, workload):
             flops += _prefill_attention(model, layout, rank, len(some), positions)
     return flops

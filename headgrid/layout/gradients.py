@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from headgrid.layout.batching import Call, prefill_calls, query_share
 from headgrid.layout.layout import Coordinates, Layout
-from headgrid.layout.shards import head_groups, head_shard, parameters, stage_layers
+from headgrid.layout.shards import head_groups, head_shard, parameters, stacks, stage_layers
 from headgrid.layout.span import total
 from headgrid.layout.traffic import (
     EXCHANGE_CALLS,
@@ -65,7 +65,7 @@ def summed_over(model: ModelSpec, layout: Layout, name: str) -> tuple[str, ...]:
         axes.append("tp_head")
     elif name.startswith("final.norm"):
         axes += ["tp_slice"] * (layout.weights == "gathered")
-    elif part in ("norm", "positions") or (kind == "bias" and part in ("o", "down")):
+    elif part in ("norm", "post_norm", "positions", "token_types") or (kind == "bias" and part in ("o", "down")):
         axes += ["tp"] if layout.residual == "sharded" else ["tp_slice"] * (layout.weights == "gathered")
     if part in ("qkv", "k", "v") and layout.num_head_groups > model.num_kv_heads:
         axes.append("kv_copies")
@@ -116,7 +116,7 @@ def _whole_hidden(step: Step) -> Iterator[Collective]:
 def _head(model: ModelSpec, layout: Layout, rank: int, tokens: int, element_bytes: int) -> Iterator[Collective]:
     """Logits of every token, and the sum of the gradients of the hidden states that they come from."""
     yield from logits_calls(model, layout, rank, tokens, element_bytes)
-    if layout.tp > 1:
+    if layout.tp > 1 and model.head == "vocabulary":
         size = tokens * model.hidden_size * element_bytes
         yield Collective("all_reduce", "tp", all_reduce_bytes(size, layout.tp))
 
@@ -195,12 +195,9 @@ def _sums(model: ModelSpec, layout: Layout, rank: int, element_bytes: int) -> It
 
 
 def _stored(model: ModelSpec, layout: Layout, rank: int) -> dict[str, int]:
-    """Elements of the weights as they are stored: Q, K and V of a layer are one."""
-    sizes: Counter[str] = Counter()
-    for name, shard in parameters(model, layout, rank).items():
-        stem, part, kind = ("", *name.rsplit(".", 2))[-3:]
-        sizes[f"{stem}.qkv.{kind}" if part in ("q", "k", "v") else name] += shard.num_elements
-    return dict(sizes)
+    """Elements of the weights as they are stored."""
+    shards = parameters(model, layout, rank)
+    return {name: sum(shards[part].num_elements for part in parts) for name, parts in stacks(shards).items()}
 
 
 def training_collectives(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Counter[Collective]:

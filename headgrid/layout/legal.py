@@ -143,3 +143,22 @@ def legal_layouts(model: ModelSpec, ranks: int) -> tuple[Layout, ...]:
     legal = [layout for layout in _all(ranks) if is_legal(model, layout)]
     order = {lay: (lay.output != "reduce", lay.residual != "replicated", lay.dp * lay.pp, lay.dp) for lay in legal}
     return tuple(sorted(legal, key=order.__getitem__))
+
+
+def default_layout(model: ModelSpec, ranks: int, batch: int) -> Layout:
+    """As many head groups as the KV heads allow, slices for the rest, with the exchange that divides the cache evenly:
+    by batch rows where there are enough, else by positions.
+
+    Raises InvalidLayout if no n x m grid of so many ranks is legal.
+    """
+    for n in reversed(divisors(ranks)):
+        m = ranks // n
+        exchange = "none" if m == 1 else "batch" if batch >= m else "sequence"
+        layout = Layout(num_head_groups=n, num_dim_slices=m, exchange=exchange)
+        if not model.num_kv_heads % n and is_legal(model, layout):
+            return layout
+    raise InvalidLayout(
+        f"no n x m grid of {ranks} ranks can run {model.name}",
+        numbers=f"{model.num_kv_heads} KV heads, head_dim {model.head_dim}",
+        legal=[str(layout) for layout in legal_layouts(model, ranks)],
+    )

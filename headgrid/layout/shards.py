@@ -124,8 +124,9 @@ def _attention(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
         owners = head_shards(model, layout)
         out_cols = merged(s for o in owners for s in _channels_of(o.heads, (o.v_channels,), d))
     shards["o.weight"] = Shard((len(hidden), q_size), out_rows, out_cols)
-    if model.linear_bias:
+    if "qkv" in model.linear_bias:
         shards |= {f"{name}.bias": Shard((size,), spans) for name, (size, spans) in rows.items()}
+    if "o" in model.linear_bias:
         shards["o.bias"] = Shard((len(hidden),), out_rows)
     if model.qk_norm:
         shards |= {f"{name}_norm.weight": Shard((d,), mine.qk_channels) for name in ("q", "k")}
@@ -135,37 +136,72 @@ def _attention(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
 def _mlp(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
     hidden, size = Span(0, model.hidden_size), model.mlp_hidden_size
     units = balanced(size, layout.tp)[layout.tp_index(layout.coordinates(rank))]
-    shards = {
-        "up.weight": Shard((size, len(hidden)), (units,), (hidden,)),
-        "down.weight": Shard((len(hidden), size), (hidden,), (units,)),
-    }
-    if model.linear_bias:
-        shards |= {"up.bias": Shard((size,), (units,)), "down.bias": Shard((len(hidden),), (hidden,))}
+    ups = ("gate", "up") if model.gated_mlp else ("up",)
+    shards = {f"{name}.weight": Shard((size, len(hidden)), (units,), (hidden,)) for name in ups}
+    shards["down.weight"] = Shard((len(hidden), size), (hidden,), (units,))
+    if "mlp" in model.linear_bias:
+        shards |= {f"{name}.bias": Shard((size,), (units,)) for name in ups}
+        shards["down.bias"] = Shard((len(hidden),), (hidden,))
     return shards
+
+
+def _norm(model: ModelSpec, name: str) -> dict[str, Shard]:
+    kinds = ("weight", "bias") if model.norm == "layer" else ("weight",)
+    return {f"{name}.{kind}": Shard((model.hidden_size,), (Span(0, model.hidden_size),)) for kind in kinds}
+
+
+def _embeddings(model: ModelSpec, table: Shard) -> dict[str, Shard]:
+    """The vocabulary's part, and what is added to it, whole on every rank."""
+    shards, hidden = {"embedding.weight": table}, Span(0, model.hidden_size)
+    rows = {"positions": model.max_positions if model.positions == "learned" else 0, "token_types": model.token_types}
+    for name, size in rows.items():
+        if size:
+            shards[f"{name}.weight"] = Shard((size, len(hidden)), (Span(0, size),), (hidden,))
+    return shards | (_norm(model, "embedding.norm") if model.embedding_norm else {})
 
 
 def parameters(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
     """Every tensor that `rank` stores, by its global name, in the order of the forward pass."""
     at, width = layout.coordinates(rank), model.hidden_size
-    hidden, vocab = Span(0, width), balanced(model.vocab_size, layout.tp)[layout.tp_index(at)]
-    norm = {"weight": Shard((width,), (hidden,)), "bias": Shard((width,), (hidden,))}
-    table = Shard((model.vocab_size, width), (vocab,), (hidden,))
+    vocab = balanced(model.vocab_size, layout.tp)[layout.tp_index(at)]
+    table = Shard((model.vocab_size, width), (vocab,), (Span(0, width),))
     first, last = at.pp == 0, at.pp == layout.pp - 1
     result: dict[str, Shard] = {}
-    if first or (last and model.tied_embeddings):
+    if first:
+        result |= _embeddings(model, table)
+    elif last and model.tied_embeddings:
         result["embedding.weight"] = table
-    if first and model.positions == "learned":
-        result["positions.weight"] = Shard((model.max_positions, width), (Span(0, model.max_positions),), (hidden,))
     layers = stage_layers(model, layout)[at.pp]
     for layer in range(layers.start, layers.stop):
         for part, shards in (("attention", _attention(model, layout, rank)), ("mlp", _mlp(model, layout, rank))):
-            result |= {f"layers.{layer}.{part}.norm.{name}": shard for name, shard in norm.items()}
+            for norm in model.norms:
+                result |= _norm(model, f"layers.{layer}.{part}.{norm}")
             result |= {f"layers.{layer}.{part}.{name}": shard for name, shard in shards.items()}
-    if last:
-        result |= {f"final.norm.{name}": shard for name, shard in norm.items()}
-        if not model.tied_embeddings:
-            result["head.weight"] = table
+    if last and model.has_final_norm:
+        result |= _norm(model, "final.norm")
+    if last and model.head == "vocabulary" and not model.tied_embeddings:
+        result["head.weight"] = table
     return result
+
+
+_STACKS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+def stacks(shards: dict[str, Shard]) -> dict[str, tuple[str, ...]]:
+    """The tensors that a rank really holds, and the named ones that each consists of, one below the other.
+
+    Matrices with the same input are multiplied at once: W_Q, W_K and W_V, and the gate and the up matrix of an MLP.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name in shards:
+        stem, part, kind = ("", *name.rsplit(".", 2))[-3:]
+        stored = name, (name,)
+        for stack, parts in _STACKS.items():
+            names = tuple(f"{stem}.{each}.{kind}" for each in parts)
+            if part in parts and names[0] in shards:
+                stored = f"{stem}.{stack}.{kind}", names
+        found.setdefault(*stored)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class Collective:
 class Step:
     """What one forward call depends on: the ranks that share it, the sequences, and their positions.
 
-    `positions` is None in decode: one query, over a cache of `capacity` positions. `ending` sequences get logits.
+    `positions` is None in decode: one query, over a cache of `capacity` positions. `ending` tokens get logits.
     """
 
     model: ModelSpec
@@ -204,7 +204,7 @@ def pick_calls(step: Step) -> Iterator[Collective]:
 
 def logits_calls(model: ModelSpec, layout: Layout, rank: int, rows: int, element_bytes: int) -> Iterator[Collective]:
     """The vocabulary's parts of `rows` tokens' logits."""
-    if layout.tp > 1 and rows:
+    if layout.tp > 1 and rows and model.head == "vocabulary":
         vocab = balanced(model.vocab_size, layout.tp)[layout.tp_index(layout.coordinates(rank))]
         yield Collective("all_gather", "tp", (layout.tp - 1) * rows * len(vocab) * element_bytes)
 
@@ -249,7 +249,7 @@ def gathered_steps(model: ModelSpec, layout: Layout, workload: Workload, rank: i
     found: list[Step] = []
     for rows, positions in pieces(len(mine), workload):
         piece = Call(MicroBatch((rows.shift(mine.start),)), positions)
-        ending, e = len(piece.ending(workload)), workload.element_bytes
+        ending, e = len(piece.wanted(workload)), workload.element_bytes
         found.append(Step(model, whole, "tp_head", at.head_group, own, piece.micro_batch, positions, ending, 0, e))
     return found
 
@@ -272,16 +272,17 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
     else:
         for step in steps:
             yield from pick_calls(step)
-        yield Collective("all_gather", "tp_slice", others * len(mb.parts[at.slice]) * model.hidden_size * e)
-        yield from logits_calls(model, layout, rank, mb.size, e)
+        last = len(mb.parts[at.slice]) * workload.outputs
+        yield Collective("all_gather", "tp_slice", others * last * model.hidden_size * e)
+        yield from logits_calls(model, layout, rank, mb.size * workload.outputs, e)
 
 
 _GATHERED = {
     "qkv": ("attention.q.weight", "attention.k.weight", "attention.v.weight"),
     "qkv bias": ("attention.q.bias", "attention.k.bias", "attention.v.bias"),
     "o": ("attention.o.weight",),
-    "up": ("mlp.up.weight",),
-    "up bias": ("mlp.up.bias",),
+    "up": ("mlp.gate.weight", "mlp.up.weight"),
+    "up bias": ("mlp.gate.bias", "mlp.up.bias"),
     "down": ("mlp.down.weight",),
     "q_norm": ("attention.q_norm.weight",),
     "k_norm": ("attention.k_norm.weight",),
@@ -297,9 +298,9 @@ def gathered_weights(model: ModelSpec, layout: Layout, rank: int) -> dict[str, t
     peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
     shards = [parameters(model, layout, peer) for peer in peers]
     return {
-        name: tuple(sum(held[prefix + part].num_elements for part in parts) for held in shards)
+        name: tuple(sum(held[prefix + part].num_elements for part in parts if prefix + part in held) for held in shards)
         for name, parts in _GATHERED.items()
-        if prefix + parts[0] in shards[0]
+        if prefix + parts[-1] in shards[0]
     }
 
 
@@ -326,7 +327,7 @@ def stationary_step(model: ModelSpec, layout: Layout, workload: Workload, rank: 
     at, e = layout.coordinates(rank), workload.element_bytes
     own = head_shard(model, layout, at.head_group, at.slice)
     if isinstance(call, Call):
-        mb, positions, ending = call.micro_batch, call.positions, len(call.ending(workload))
+        mb, positions, ending = call.micro_batch, call.positions, len(call.wanted(workload))
     else:
         mb, positions, ending = call, None, call.size
     return Step(model, layout, "tp", layout.tp_index(at), own, mb, positions, ending, workload.cache_positions, e)

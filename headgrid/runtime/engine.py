@@ -1,6 +1,6 @@
 """Prefill and decode of one layout: micro-batches through the pipeline, one CUDA graph per decode micro-batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,9 +21,11 @@ from headgrid.layout.memory import cache_shape
 from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import carve
 from headgrid.runtime.collectives import Receipt
-from headgrid.runtime.gathered import GatheredPrefill
+from headgrid.runtime.layer import Weights
 from headgrid.runtime.mesh import Mesh
-from headgrid.runtime.stage import Stage, StageCall, Weights, prefill_call
+from headgrid.runtime.prefill import prefill_of
+from headgrid.runtime.sampling import Sampling, choose
+from headgrid.runtime.stage import Stage, StageCall
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -58,25 +60,28 @@ class Engine:
         mesh: Mesh,
         weights: Weights,
         arena: Tensor,
-        stop_token: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling | None = None,
     ) -> None:
-        """`weights` as from `stage.load`; `arena` flat, with at least the cache's elements. A sequence that has chosen
-        `stop_token` repeats it from then on.
+        """`weights` as from `layer.load`; `arena` flat, with at least the cache's elements. Tokens are chosen greedily
+        without `sampling`. A sequence that has chosen one of `stop_tokens` repeats it from then on.
         """
         self.model, self.layout, self.workload, self.mesh = model, layout, workload, mesh
         self.cache = carve(arena, cache_shape(model, layout, workload, mesh.rank))
         owned = owned_rows(layout, workload.batch, mesh.rank)
-        self.stage = Stage(model, layout, mesh.stage, weights, self.cache, owned)
-        gathered = layout.weights == "gathered"
-        self.gathered = GatheredPrefill(model, layout, mesh, self.stage, workload) if gathered else None
+        self.stage = Stage(model, layout, mesh.stage, weights, self.cache, owned, workload.cache_positions)
+        self.path = prefill_of(layout, mesh, self.stage, workload)
         self.device = self.stage.device
         self.rows = replica_rows(layout, workload.batch)[mesh.at.dp]
         self.lengths = workload.lengths[self.rows.start : self.rows.stop]
         self.prefill_plan = prefill_calls(layout, workload, mesh.at.dp)
         self.decode_plan = decode_micro_batches(layout, workload, mesh.at.dp)
         self.tokens = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
-        self.logits = torch.zeros(len(self.rows), model.vocab_size, dtype=self.stage.dtype, device=self.device)
-        self.stop_token, self.ended = stop_token, torch.zeros_like(self.tokens, dtype=torch.bool)
+        shape = (len(self.rows), *([workload.seq] * workload.every_token), model.output_size)
+        self.logits = torch.zeros(shape, dtype=self.stage.dtype, device=self.device)
+        self.sampling = Sampling() if sampling is None else sampling
+        self.stop_tokens = torch.tensor(list(stop_tokens), dtype=torch.int64, device=self.device)
+        self.ended = torch.zeros_like(self.tokens, dtype=torch.bool)
         self._steps, self._positions = 0, torch.zeros_like(self.tokens)
         plans = {*(call.micro_batch for call in self.prefill_plan), *self.decode_plan}
         self._local = {mb: self._replica_index(mb) for mb in plans}
@@ -91,27 +96,23 @@ class Engine:
     def _hidden_buffer(self, tokens: int) -> Tensor:
         return torch.empty(tokens, self.model.hidden_size, dtype=self.stage.residual_dtype, device=self.device)
 
-    def _prefill_tokens(self, call: Call) -> int:
-        """Tokens of a call whose hidden states this rank holds."""
-        if self.gathered is not None:
-            return self.gathered.hidden_tokens(call.micro_batch)
-        return len(self.stage.residual.own(call.micro_batch.size * len(call.positions)))
-
     @torch.inference_mode()
     def prefill(self, prompts: Tensor, observe: StageObserver | None = None) -> None:
         """Run all prompts [batch, seq] (the same on every rank, int64), fill the cache, choose the first tokens.
 
         Of a prompt shorter than seq the rest may hold any ids. On the last stage `logits` [rows, vocab_size] and
-        `tokens` [rows] of this replica's rows are set; the first stage gets the tokens.
+        `tokens` [rows] of this replica's rows are set; the first stage gets the tokens. Where the workload wants every
+        token's, `logits` [rows, seq, vocab_size] are all that is set.
         """
         mine = prompts[self.rows.start : self.rows.stop].to(self.device)
         self.ended.zero_()
-        arriving = self._expect(self._prefill_tokens(self.prefill_plan[0]))
+        self._set_steps(0)
+        arriving = self._expect(self.path.hidden_tokens(self.prefill_plan[0]))
         for k, call in enumerate(self.prefill_plan):
             x = self._ids(mine, call) if self.stage.first else _arrived(arriving)
             if k + 1 < len(self.prefill_plan):
-                arriving = self._expect(self._prefill_tokens(self.prefill_plan[k + 1]))
-            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, c=call: self._prefill_stage(x, c)), call)
+                arriving = self._expect(self.path.hidden_tokens(self.prefill_plan[k + 1]))
+            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, c=call: self.path.forward(x, c)), call)
         self._set_steps(0)
         if self.stage.last:
             self._return_tokens(self.tokens)
@@ -122,14 +123,9 @@ class Engine:
     def _ids(self, prompts: Tensor, call: Call) -> Tensor:
         return prompts[:, call.positions.start : call.positions.stop].index_select(0, self._local[call.micro_batch])
 
-    def _prefill_stage(self, x: Tensor, call: Call) -> Tensor:
-        if self.gathered is not None:
-            return self.gathered.forward(x, call.micro_batch)
-        return self.stage.forward(x, prefill_call(self.model, self.workload, call, self.device))
-
     @torch.inference_mode()
     def decode(self, steps: int, *, keep_logits: bool = False, observe: StageObserver | None = None) -> Decoded:
-        """Decode `steps` tokens greedily for every row, with micro-batches in flight across tokens.
+        """Decode `steps` tokens for every row, with micro-batches in flight across tokens.
 
         Continues where prefill or the last decode ended. With pp > 1 the first stage works on the next micro-batch
         while later stages finish this one; only the tokens, which return on a channel of their own, hold it up.
@@ -194,18 +190,18 @@ class Engine:
         queries = Queries(1, starts, self._positions.index_select(0, local), decoding=True)
         y = self.stage.forward(x, StageCall(mb, queries, range(mb.size)))
         if self.stage.last:
-            self._choose(y, local)
+            self._choose(y, local, queries.at + 1)
         elif self.stage.first:
             self._hidden[k].copy_(y)
         return y
 
-    def _choose(self, logits: Tensor, local: Tensor) -> None:
-        """Keep the logits [b, vocab_size] of these rows of the replica and their greedy tokens."""
-        tokens = logits.argmax(-1)
-        if self.stop_token is not None:
+    def _choose(self, logits: Tensor, local: Tensor, positions: Tensor) -> None:
+        """Keep the logits [b, vocab_size] of these rows of the replica, and the tokens chosen for these positions."""
+        tokens = choose(logits, self.sampling, local + self.rows.start, positions)
+        if len(self.stop_tokens):
             ended = self.ended.index_select(0, local)
-            tokens = tokens.masked_fill(ended, self.stop_token)
-            self.ended.index_copy_(0, local, ended | (tokens == self.stop_token))
+            tokens = torch.where(ended, self.tokens.index_select(0, local), tokens)
+            self.ended.index_copy_(0, local, ended | torch.isin(tokens, self.stop_tokens))
         self.logits.index_copy_(0, local, logits)
         self.tokens.index_copy_(0, local, tokens)
 
@@ -213,11 +209,12 @@ class Engine:
         if not self.stage.last:
             self._send(y)
             return
-        ending = call.ending(self.workload)
-        if ending:
-            local = self._local[call.micro_batch]
-            all_end = len(ending) == len(local)
-            self._choose(y, local if all_end else local[torch.tensor(ending, device=self.device)])
+        local, ending = self._local[call.micro_batch], call.ending(self.workload)
+        if self.workload.every_token:
+            self.logits[local, call.positions.start : call.positions.stop] = y.unflatten(0, (len(local), -1))
+        elif ending:
+            local = local if len(ending) == len(local) else local[torch.tensor(ending, device=self.device)]
+            self._choose(y, local, self._positions.index_select(0, local))
 
     def _set_steps(self, steps: int) -> None:
         """Every sequence has so many tokens behind its prompt."""

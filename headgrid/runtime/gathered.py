@@ -9,6 +9,8 @@ All of a micro-batch's sequences pass a layer before the next layer is gathered:
 weights, is paid once for all of them.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,35 +21,26 @@ from headgrid.layout.span import Span
 from headgrid.layout.traffic import over_heads
 from headgrid.runtime.collectives import Receipt
 from headgrid.runtime.exchange import Slices
+from headgrid.runtime.layer import Layer
 from headgrid.runtime.mesh import Mesh
-from headgrid.runtime.stage import Layer, Stage, StageCall, prefill_call
-from headgrid.spec.model import ModelSpec
+from headgrid.runtime.stage import Stage, StageCall, prefill_call
 from headgrid.spec.workload import Workload
 
 
 class GatheredPrefill:
     """Runs the prefill of a stage whose layout says `gathered`, on the weights and the cache of `stage`."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        layout: Layout,
-        mesh: Mesh,
-        stage: Stage,
-        workload: Workload,
-        *,
-        every_token: bool = False,
-    ) -> None:
-        """`stage` owns the slices; it does the decoding. Logits are of prompts' last tokens, or of every token."""
-        self.every_token = every_token
-        self.stage, self.workload, self.slice = stage, workload, mesh.tp_slice
+    def __init__(self, layout: Layout, mesh: Mesh, stage: Stage, workload: Workload) -> None:
+        """`stage` owns the slices; it does the decoding."""
+        self.stage, self.workload, self.slice, model = stage, workload, mesh.tp_slice, stage.model
         self.over_heads = Stage(
-            model, over_heads(layout), mesh.stage_over_heads, stage.weights, stage.cache, stage.owned
+            model, over_heads(layout), mesh.stage_over_heads, stage.weights, stage.cache, stage.owned, stage.positions
         )
+        self.stages = (stage, self.over_heads)
         m, first = layout.num_dim_slices, mesh.at.head_group * layout.num_dim_slices
         owners = head_shards(model, layout)[first : first + m]
-        if model.positions == "rotary":  # gathered channels stay in slice order, as the exchange `batch` caches them
-            self.over_heads.rotations = [stage.rotation(owner.qk_channels) for owner in owners]
+        # gathered channels stay in slice order, as the exchange `batch` caches them
+        self.over_heads.rotations = stage.tables([owner.qk_channels for owner in owners])
         vocab = stage.vocab[first : first + m]
         self.vocab, self.vocab_sizes = Span(vocab[0].start, vocab[-1].stop), [len(span) for span in vocab]
 
@@ -55,33 +48,32 @@ class GatheredPrefill:
         """This slice's own sequences of a micro-batch, in the pieces in which a layer computes them."""
         mine, stage = micro_batch.parts[self.slice.index], self.stage
         calls = [Call(MicroBatch((rows.shift(mine.start),)), span) for rows, span in pieces(len(mine), self.workload)]
-        return [
-            prefill_call(stage.model, self.workload, call, stage.device, every_token=self.every_token) for call in calls
-        ]
+        return [prefill_call(stage.model, self.workload, call, stage.device) for call in calls]
 
-    def hidden_tokens(self, micro_batch: MicroBatch) -> int:
-        """Tokens of a micro-batch whose hidden states this rank holds."""
-        sizes = pieces(len(micro_batch.parts[self.slice.index]), self.workload)
+    def hidden_tokens(self, call: Call) -> int:
+        """Tokens of a call whose hidden states this rank holds: of its slice's sequences."""
+        sizes = pieces(len(call.micro_batch.parts[self.slice.index]), self.workload)
         return sum(len(self.over_heads.residual.own(len(rows) * len(positions))) for rows, positions in sizes)
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """A micro-batch through this stage: every slice computes the sequences of its own part, b_j of b.
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """A call's micro-batch through this stage: every slice computes the sequences of its own part, b_j of b.
 
         `x`: token ids [b, s] of all parts on the first stage, else hidden states of this rank's tokens, piece by piece,
         overwritten. Returns such hidden states, or on the last stage the logits of all parts' last tokens [b, vocab]
         (of every token: [b s, vocab]).
         """
+        micro_batch = call.micro_batch
         mine, calls = micro_batch.parts[self.slice.index], self.pieces(micro_batch)
         pending = self._start(self.stage.layers[0])
         if self.stage.first:
             x = self._embed(x.split([len(part) for part in micro_batch.parts])[self.slice.index], mine, calls)
-        parts = list(x.split([len(self.over_heads.residual.own(call.tokens)) for call in calls]))
+        parts = list(x.split([len(self.over_heads.residual.own(piece.tokens)) for piece in calls]))
         for index in range(len(self.stage.layers)):
             layer = self._assemble(self.stage.layers[index], pending)
             if index + 1 < len(self.stage.layers):
                 pending = self._start(self.stage.layers[index + 1])
-            for k, call in enumerate(calls):
-                parts[k] = self.over_heads.apply(layer, index, parts[k], call)
+            for k, piece in enumerate(calls):
+                parts[k] = self.over_heads.apply(layer, index, parts[k], piece)
             del layer
         if self.stage.last:
             return self._logits(parts, calls, micro_batch)
@@ -117,8 +109,7 @@ class GatheredPrefill:
         own = torch.cat(last) if last else torch.empty(0, width, dtype=self.stage.dtype, device=device)
         if rows != sorted(rows):  # pieces of a prompt come one after the other, so short prompts end first
             own = own[torch.tensor(rows, device=device).argsort(stable=True)]
-        each = self.workload.seq if self.every_token else 1
-        sizes = [len(part) * each * width for part in micro_batch.parts]
+        sizes = [len(part) * self.workload.outputs * width for part in micro_batch.parts]
         return self.stage.head(self.slice.all_gather(own.reshape(-1), sizes, alike=True).view(-1, width))
 
     def _start(self, layer: Layer) -> dict[str, Receipt]:
@@ -163,13 +154,19 @@ class GatheredPrefill:
 
         qkv = rows("qkv"), rows("qkv bias").view(-1) if layer.qkv[1] is not None else None
         o = torch.cat([part.view(hidden, slices.heads, -1) for part in arrived("o")], dim=-1).flatten(1)
-        up = pending.pop("up").wait().view(-1, hidden)
-        up_bias = pending.pop("up bias").wait() if layer.up[1] is not None else None
+
+        def up_rows(name: str) -> Tensor:
+            if not self.stage.model.gated_mlp:
+                return pending.pop(name).wait()
+            halves = [part.chunk(2) for part in arrived(name)]
+            return torch.cat([half for both in zip(*halves, strict=True) for half in both])
+
+        up, up_bias = up_rows("up").view(-1, hidden), up_rows("up bias") if layer.up[1] is not None else None
         down = torch.cat([part.view(hidden, -1) for part in arrived("down")], dim=-1)
         norms = (pending.pop(f"{name} norm").wait() if layer.q_norm is not None else None for name in "qk")
-        return Layer(
-            layer.attention_norm, qkv, (o, layer.o[1]), layer.mlp_norm, (up, up_bias), (down, layer.down[1]), *norms
-        )
+        q_norm, k_norm = norms
+        linears = {"qkv": qkv, "o": (o, layer.o[1]), "up": (up, up_bias), "down": (down, layer.down[1])}
+        return replace(layer, **linears, q_norm=q_norm, k_norm=k_norm)
 
 
 def _heads_together(slices: Slices, blocks: list[Tensor]) -> Tensor:

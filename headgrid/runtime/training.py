@@ -7,7 +7,7 @@ Huang et al. 2019). What several ranks store a copy of is summed over them where
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,10 @@ from headgrid.layout.layout import Layout
 from headgrid.layout.legal import check_training
 from headgrid.layout.shards import head_shard
 from headgrid.runtime.collectives import Axis, Observer, Receipt
-from headgrid.runtime.gathered import GatheredPrefill
+from headgrid.runtime.layer import Weights
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.stage import Stage, Weights, prefill_call
+from headgrid.runtime.prefill import prefill_of
+from headgrid.runtime.stage import Stage
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -46,19 +47,17 @@ class Trainer:
     def __init__(
         self, model: ModelSpec, layout: Layout, workload: Workload, mesh: Mesh, pool: GroupPool, weights: Weights
     ) -> None:
-        """`weights` as from `stage.load`; they stay the caller's, and may be updated in place between calls.
+        """`weights` as from `layer.load`; they stay the caller's, and may be updated in place between calls.
 
         Raises InvalidLayout as `layout.legal.check_training` does.
         """
         check_training(model, layout, workload)
         rows = replica_rows(layout, workload.batch)[mesh.at.dp]
-        self.model, self.layout, self.workload, self.mesh = model, layout, workload, mesh
+        self.workload = replace(workload, every_token=True, decode_steps=0)
+        self.model, self.layout, self.mesh = model, layout, mesh
         self.leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         self.stage = Stage(model, layout, mesh.stage, self.leaves, None, rows)
-        gathered = layout.weights == "gathered"
-        self.gathered = (
-            GatheredPrefill(model, layout, mesh, self.stage, workload, every_token=True) if gathered else None
-        )
+        self.path = prefill_of(layout, mesh, self.stage, self.workload)
         self.rows, self.plan = rows, prefill_calls(layout, workload, mesh.at.dp)
         self.sums = _Sums(model, layout, mesh, pool)
         self._sent: list[tuple[dist.Work | None, Tensor]] = []
@@ -98,11 +97,7 @@ class Trainer:
         mb = call.micro_batch
         arrived = None if self.stage.first else self._receive(call).requires_grad_()
         x = tokens[[row - self.rows.start for row in mb.rows()]] if arrived is None else arrived
-        if self.gathered is not None:
-            y = self.gathered.forward(x, mb)
-        else:
-            full = prefill_call(self.model, self.workload, call, self.stage.device, every_token=True)
-            y = self.stage.forward(x, full)
+        y = self.path.forward(x, call)
         if self.stage.last:
             return _Pass(call, arrived, loss(y.view(mb.size, self.workload.seq, -1), mb.rows()))
         self._send(self.mesh.pp, y.detach(), self.mesh.at.pp + 1)
@@ -119,10 +114,7 @@ class Trainer:
 
     def _receive(self, call: Call) -> Tensor:
         """Hidden states of this rank's tokens from the stage before."""
-        tokens = len(self.stage.residual.own(call.micro_batch.size * self.workload.seq))
-        if self.gathered is not None:
-            tokens = self.gathered.hidden_tokens(call.micro_batch)
-        shape = (tokens, self.model.hidden_size)
+        shape = (self.path.hidden_tokens(call), self.model.hidden_size)
         x = torch.empty(shape, dtype=self.stage.residual_dtype, device=self.stage.device)
         receipt: Receipt = self.mesh.pp.start_receive(x, self.mesh.at.pp - 1)
         return receipt.wait()

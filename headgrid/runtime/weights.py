@@ -1,10 +1,8 @@
 """Weights drawn by global element index: any rank can draw any slice, and no rank ever holds a whole matrix.
 
-Element e of tensor `name` is a uniform variable made from a hash of (seed, name, e) with splitmix64 (Steele, Lea,
-Flood 2014). Only integer operations and exact conversions are used, so a CPU and a GPU draw the same bits.
+Element e of tensor `name` is a uniform variable made from a hash of (seed, name, e), the same bits on every device.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -13,52 +11,32 @@ from torch import Tensor
 
 from headgrid.layout.shards import Shard
 from headgrid.layout.span import Span, indices
+from headgrid.runtime.hashing import key_of, uniform
 from headgrid.spec.model import ModelSpec
 
 _CHUNK = 1 << 23  # elements hashed at a time: bounds the int64 temporaries to a few hundred MB
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same 64 bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64, which torch shifts arithmetically."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _uniform(index: Tensor, key: int) -> Tensor:
-    """float32 in (-1, 1), symmetric, 2^24 equidistant values; `index` int64 of any shape."""
-    z = index * _signed(0x9E3779B97F4A7C15) + _signed(key)
-    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
-    z = z ^ _shift_right(z, 31)
-    return (_shift_right(z, 40) - (1 << 23)).to(torch.float32).add_(0.5).div_(1 << 23)
-
-
-def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
-
-
 def distribution(model: ModelSpec, name: str) -> tuple[float, float]:
     """Mean and standard deviation of the elements of tensor `name`."""
     part, kind = name.split(".")[-2:]
+    stored = -1.0 if model.norm_unit_offset else 0.0
     if part in ("q_norm", "k_norm"):  # scores of normed heads have a deviation of the product of both means
-        return model.attention_gain, 0.1 * model.attention_gain
-    if part == "norm":  # not constant, so that a norm applied to the wrong channels shows
-        return (1.0, 0.1) if kind == "weight" else (0.0, 0.1)
+        return model.attention_gain + stored, 0.1 * model.attention_gain
+    if part in ("norm", "post_norm"):  # not constant, so that a norm applied to the wrong channels shows
+        return (1.0 + stored, 0.1) if kind == "weight" else (0.0, 0.1)
     if kind == "bias":
         return 0.0, 0.1
     residual = math.sqrt(2 * model.num_layers)  # keeps the residual's size independent of depth (GPT-2)
     std = {
-        "embedding": 1.0 if not model.tied_embeddings else 1 / math.sqrt(model.hidden_size),
+        "embedding": (1.0 if not model.tied_embeddings else 1 / math.sqrt(model.hidden_size)) / model.embedding_scale,
         "positions": 0.3,
+        "token_types": 0.3,
         "q": model.attention_gain / math.sqrt(model.hidden_size),
         "k": model.attention_gain / math.sqrt(model.hidden_size),
         "v": 1 / math.sqrt(model.hidden_size),
         "o": 1 / math.sqrt(model.num_heads * model.head_dim) / residual,
+        "gate": 1 / math.sqrt(model.hidden_size),
         "up": 1 / math.sqrt(model.hidden_size),
         "down": 2 / math.sqrt(model.mlp_hidden_size) / residual,
         "head": 1 / math.sqrt(model.hidden_size),
@@ -77,13 +55,13 @@ def draw(
 ) -> Tensor:
     """The rank's part of tensor `name`: shape `shard.local_shape`, the same values on every device and layout."""
     mean, std = distribution(model, name)
-    scale, key = std * math.sqrt(3.0), _key(seed, name)  # a uniform variable on (-1, 1) has variance 1/3
+    scale, key = std * math.sqrt(3.0), key_of(seed, name)  # a uniform variable on (-1, 1) has variance 1/3
     rows = torch.tensor(indices(shard.rows), dtype=torch.int64, device=device)
     cols = torch.tensor(indices(shard.cols or (Span(0, 1),)), dtype=torch.int64, device=device)
     width = shard.shape[1] if shard.cols is not None else 1
     local = torch.empty(len(rows), len(cols), dtype=dtype, device=device)
     for start, piece in _pieces(rows, len(cols)):
-        values = _uniform(piece[:, None] * width + cols, key)
+        values = uniform(piece[:, None] * width + cols, key)
         local[start : start + len(piece)] = values.mul_(scale).add_(mean).to(dtype)
     return local.reshape(shard.local_shape)
 

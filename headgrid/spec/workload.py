@@ -7,6 +7,15 @@ from headgrid.errors import InvalidInput
 
 DType = Literal["float64", "float32", "float16", "bfloat16"]
 ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
+def dtype_name(name: str) -> str:
+    """The whole name of a dtype, of which short forms such as bf16 are also known. Raises InvalidInput."""
+    whole = _SHORT.get(name, name)
+    if whole not in ELEMENT_BYTES:
+        raise InvalidInput(f"dtype {name!r} is not known", legal=(*ELEMENT_BYTES, *_SHORT))
+    return whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +26,7 @@ class Workload:
     whole sequences, as many as fit and at least one (or one for each slice where the exchange is over the batch).
     With `chunk_positions` a prompt passes in calls of at most so many positions, one after the other (chunked
     prefill). `prompt_lengths` are the prompts' own lengths where they differ: `seq` is then the room for each.
+    `every_token`: prefill gives the logits of every token, not of the last ones, and nothing is decoded.
     """
 
     batch: int
@@ -26,6 +36,7 @@ class Workload:
     chunk_tokens: int = 16_384
     chunk_positions: int = 0
     prompt_lengths: tuple[int, ...] = ()
+    every_token: bool = False
 
     def __post_init__(self) -> None:
         """Raise InvalidInput for sizes or dtypes that cannot be run."""
@@ -45,6 +56,10 @@ class Workload:
             raise InvalidInput(f"{len(self.prompt_lengths)} prompt lengths for {self.batch} sequences")
         if any(type(length) is not int or not 1 <= length <= self.seq for length in self.prompt_lengths):
             raise InvalidInput(f"a prompt has 1 to {self.seq} tokens", numbers=f"lengths {self.prompt_lengths}")
+        if self.every_token and self.decode_steps:
+            raise InvalidInput(
+                f"logits of every token, and {self.decode_steps} decode steps", legal=("0 decode steps",)
+            )
         if self.dtype not in ELEMENT_BYTES:
             raise InvalidInput(f"dtype {self.dtype!r} is not known", legal=tuple(ELEMENT_BYTES))
 
@@ -57,6 +72,11 @@ class Workload:
     def cache_positions(self) -> int:
         """Key positions that the KV cache must hold: the prompt and one for each decode step."""
         return self.seq + self.decode_steps
+
+    @property
+    def outputs(self) -> int:
+        """Tokens of a sequence of which prefill gives the logits."""
+        return self.seq if self.every_token else 1
 
     def length(self, row: int) -> int:
         """Tokens of the prompt in this row of the batch."""

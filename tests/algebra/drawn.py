@@ -69,7 +69,7 @@ def _model(choose: Choose, exchange: str, n: int, m: int, is_causal: bool) -> di
         "vocab_size": MAX_RANKS,
         "positions": "learned" if positions == "learned" else "rotary",
         "rotary_dim": 2 * choose(1, d // 2) if positions == "partial" else 0,
-        "linear_bias": bool(choose(0, 1)),
+        "linear_bias": ("qkv", "o", "mlp") if choose(0, 1) else (),
         "is_causal": is_causal,
         "attention_scale": one_of(choose, None, None, 0.3),
         "attn_logit_softcapping": one_of(choose, 0.0, 0.0, 1.5),

@@ -24,8 +24,9 @@ from headgrid.reference import Reference
 from headgrid.runtime import stage as stage_module
 from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import carve, new_arena
+from headgrid.runtime.layer import Weights, load
 from headgrid.runtime.mesh import StageAxes
-from headgrid.runtime.stage import Stage, StageCall, Weights, load, prefill_call
+from headgrid.runtime.stage import Stage, StageCall, prefill_call
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -70,11 +71,14 @@ def cut(tensor: Tensor, shard: Shard) -> Tensor:
 
 
 def local_weights(case: Case, rank: int, whole: Weights) -> Weights:
-    """The rank's part of the attention half; of all other tensors nothing."""
-    nothing = torch.empty(0, dtype=torch.float64)
-    return load(
-        case.model, case.layout, rank, lambda name, shard: cut(whole[name], shard) if name in whole else nothing
-    )
+    """The rank's part of the attention half; all other tensors are NaN."""
+
+    def get(name: str, shard: Shard) -> Tensor:
+        if name in whole:
+            return cut(whole[name], shard)
+        return torch.full(shard.local_shape, torch.nan, dtype=torch.float64)
+
+    return load(case.model, case.layout, rank, get)
 
 
 def hidden_states(case: Case) -> tuple[Tensor, Tensor]:

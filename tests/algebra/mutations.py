@@ -13,11 +13,13 @@ from torch import Tensor
 from headgrid.layout import shards
 from headgrid.layout.span import Spans, balanced
 from headgrid.runtime import attention
-from headgrid.runtime import stage as stage_module
+from headgrid.runtime import layer as layer_module
 from headgrid.runtime.attention import ALL, Keys
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import Core, Slices
-from headgrid.runtime.stage import Rotation, Stage, StageCall
+from headgrid.runtime.rotary import Rotation
+from headgrid.runtime.stage import Stage, StageCall
+from headgrid.spec.rope import Rope
 
 VICTIM = 1  # head group 0, slice 1 (with m = 1: head group 1): the rank at fault where one is enough
 Mutation = Callable[[Case], AbstractContextManager[Alter | None]]
@@ -56,7 +58,7 @@ def swapped_shards(part: str) -> Mutation:
         own, other = right(model, layout, rank), right(model, layout, {0: 1, 1: 0}.get(rank, rank))
         return {name: other[name] if f".{part}.weight" in name else own[name] for name in own}
 
-    return patched(stage_module, "parameters", wrong)
+    return patched(layer_module, "parameters", wrong)
 
 
 def _reversed_join(right: Callable, slices: Slices, blocks: list[Tensor]) -> Any:
@@ -110,8 +112,8 @@ def torn_pairs(case: Case) -> Iterator[None]:
     def contiguous(model: object, num_slices: int) -> tuple[Spans, ...]:
         return tuple((span,) for span in balanced(case.model.head_dim, num_slices))
 
-    def of_pairs(self: Stage, channels: object) -> Rotation:
-        return tables(self, pairs(case.model, m)[self.mesh.at.slice])
+    def of_pairs(self: Stage, rope: Rope, channels: object) -> Rotation:
+        return tables(self, rope, pairs(case.model, m)[self.mesh.at.slice])
 
     with patch.object(shards, "qk_channels", contiguous), patch.object(Stage, "rotation", of_pairs):
         yield None

@@ -11,7 +11,7 @@ from simulated import Ranks
 
 MAX_RANKS = 8
 OPTIONS = [{}, {"residual": "sharded"}, {"output": "concat"}]
-FEATURES = {"qk_norm": True, "linear_bias": True}
+FEATURES = {"qk_norm": True, "linear_bias": ("qkv", "o", "mlp")}
 exchanges = pytest.mark.parametrize("exchange", ALL_EXCHANGES)
 
 

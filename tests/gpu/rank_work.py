@@ -14,8 +14,8 @@ from headgrid.layout.traffic import Collective, decode_collectives, prefill_coll
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.stage import load
 from headgrid.runtime.training import Trainer
 from headgrid.runtime.weights import draw
 from headgrid.spec.model import ModelSpec
@@ -32,7 +32,7 @@ MODEL = ModelSpec(
     vocab_size=97,
     max_positions=64,
     qk_norm=True,
-    linear_bias=True,
+    linear_bias=("qkv", "o", "mlp"),
     attention_gain=2.0,
 )
 WORKLOAD = Workload(

@@ -11,8 +11,8 @@ from headgrid.layout.shards import parameters
 from headgrid.reference import Reference, relative_error
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.stage import load
 from headgrid.runtime.weights import draw
 from headgrid.spec.model import find_model
 from headgrid.spec.workload import Workload
@@ -25,9 +25,9 @@ pytestmark = [
 
 VARIANTS = {
     "as it is": {},
-    "window": {"sliding_window": 20, "full_attention_every": 2},
+    "window": {"sliding_window": 20, "full_attention_layers": (1,)},
     "cap": {"attn_logit_softcapping": 5.0, "attention_scale": 0.3},
-    "head norms": {"qk_norm": True, "linear_bias": True},
+    "head norms": {"qk_norm": True, "linear_bias": ("qkv", "o", "mlp")},
     "partly rotary": {"positions": "rotary", "rotary_dim": 4},
 }
 WORKLOADS = {"even": {}, "ragged, in chunks": {"prompt_lengths": (70, 1, 33), "chunk_positions": 32}}

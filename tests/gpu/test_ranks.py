@@ -13,7 +13,7 @@ from headgrid.layout.shards import Shard, parameters
 from headgrid.layout.span import indices
 from headgrid.reference import Reference, relative_error
 from headgrid.runtime.launch import Job, run
-from headgrid.runtime.stage import load
+from headgrid.runtime.layer import load
 from headgrid.runtime.weights import draw
 
 LAYOUTS = (

@@ -17,7 +17,7 @@ from single import token_to_stop_at
 
 from headgrid.layout.layout import EXCHANGES, OUTPUTS, parse_layout
 from headgrid.layout.legal import check
-from headgrid.spec.model import ModelSpec
+from headgrid.spec.model import BIASES, ModelSpec
 from headgrid.spec.workload import Workload
 
 WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16, 24)
@@ -99,7 +99,7 @@ class _Wanted:
 def _kinds() -> Iterator[_Wanted]:
     """Every pair of exchange and output with every kind of model."""
     for pair, positions, biases, grouped in itertools.product(
-        PAIRS, ("rotary", "learned"), (False, True), (False, True)
+        PAIRS, ("rotary", "learned"), ((), BIASES), (False, True)
     ):
         yield _Wanted(f"n2m2:{pair}", forced={"positions": positions, "linear_bias": biases}, grouped=grouped)
 
@@ -255,8 +255,8 @@ def measured_cases(fault: str = "") -> list[Case]:
             odd | {"vocab_size": 61, "rotary_dim": 6},
             {"batch": 7, "seq": 61, "prompt_lengths": (5, 61, 1, 9, 61, 60, 33)},
         ),
-        "half": ({"qk_norm": True, "linear_bias": True}, {"dtype": "bfloat16"}),
-        "windowed": ({"sliding_window": 9, "full_attention_every": 2, "attn_logit_softcapping": 3.0}, {}),
+        "half": ({"qk_norm": True, "linear_bias": ("qkv", "o", "mlp")}, {"dtype": "bfloat16"}),
+        "windowed": ({"sliding_window": 9, "full_attention_layers": (1,), "attn_logit_softcapping": 3.0}, {}),
     }
     found: list[Case] = []
     for kind, texts in MEASURED.items():

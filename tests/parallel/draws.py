@@ -12,6 +12,7 @@ from case import STEPS
 from headgrid.errors import InvalidLayout
 from headgrid.layout.layout import EXCHANGES, OUTPUTS, RESIDUAL_DTYPES, RESIDUALS, WEIGHT_MODES, Layout
 from headgrid.spec.model import ModelSpec
+from headgrid.spec.rope import RopeScaling
 from headgrid.spec.workload import Workload
 
 Pick = Callable[[Sequence[Any]], Any]
@@ -21,11 +22,24 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {},
     {"sliding_window": 4},
-    {"sliding_window": 3, "full_attention_every": 2},
+    {"sliding_window": 3, "full_attention_layers": (1,)},
     {"attn_logit_softcapping": 3.0, "attention_scale": 0.4},
     {"qk_norm": True},
     {"is_causal": False},
     {"qk_norm": True, "attn_logit_softcapping": 5.0, "sliding_window": 5},
+    {"norm": "rms", "gated_mlp": True, "activation": "silu", "linear_bias": ("qkv",)},
+    {
+        **{
+            "norm": "rms",
+            "norm_unit_offset": True,
+            "norm_placement": "both",
+            "gated_mlp": True,
+            "embedding_scale": 5.0,
+        },
+        **{"qk_norm": True, "sliding_window": 4, "full_attention_layers": (1,), "local_rope_theta": 50.0},
+        **{"final_logit_softcapping": 9.0, "rope_scaling": RopeScaling(kind="linear", factor=4.0)},
+    },
+    {"norm_placement": "post", "embedding_norm": True, "token_types": 2, "activation": "relu"},
 )
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -88,9 +102,11 @@ def draw_model(
         "rotary_dim": rotary if positions == "rotary" else 0,
         "rope_theta": pick((100.0, 10_000.0)),
         "activation": pick(("gelu", "gelu_tanh")),
-        "linear_bias": pick((False, True)),
+        "linear_bias": pick(((), ("qkv", "o", "mlp"))),
         "tied_embeddings": pick((False, False, True)),
     } | (pick(VARIANTS) | forced)
+    every = values.get("full_attention_layers", ())
+    values["full_attention_layers"] = tuple(layer for layer in every if layer < values["num_layers"])
     return ModelSpec(
         name=name,
         num_heads=heads[0],

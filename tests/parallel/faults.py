@@ -14,11 +14,14 @@ from headgrid.layout import shards
 from headgrid.layout.layout import Layout
 from headgrid.layout.span import balanced
 from headgrid.runtime import attention, exchange, gathered, stage
+from headgrid.runtime import layer as layer_module
 from headgrid.runtime.attention import ALL, Keys, Queries
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.engine import Engine
 from headgrid.runtime.exchange import Core, Slices
-from headgrid.runtime.stage import Rotation, Stage
+from headgrid.runtime.rotary import Rotation
+from headgrid.runtime.stage import Stage
+from headgrid.spec.rope import Rope
 
 Alter = Callable[[Engine], None]
 Inject = Callable[[Case, int], AbstractContextManager]
@@ -58,7 +61,7 @@ def inject(case: Case, rank: int) -> Iterator[Alter]:
 
 def _stages(engine: Engine) -> list[Stage]:
     """What computes: the stage, and with gathered weights the one that does the prefill."""
-    return [engine.stage, *([engine.gathered.over_heads] if engine.gathered else [])]
+    return list(engine.path.stages)
 
 
 def _swapped_slices(part: str) -> Inject:
@@ -71,7 +74,7 @@ def _swapped_slices(part: str) -> Inject:
             other = shards.parameters(model, layout, 1 - at) if at in (0, 1) else own  # type: ignore[arg-type]
             return {name: other[name] if f".{part}.weight" in name else own[name] for name in own}
 
-        with patch.object(stage, "parameters", parameters):
+        with patch.object(layer_module, "parameters", parameters):
             yield
 
     return fault
@@ -110,8 +113,8 @@ def _torn_pairs(case: Case, rank: int) -> Iterator[None]:
 
     whole_pairs, tables = shards.qk_channels, Stage.rotation
 
-    def of_whole_pairs(self: Stage, channels: object) -> Rotation:
-        return tables(self, whole_pairs(case.model, case.layout.num_dim_slices)[self.mesh.at.slice])
+    def of_whole_pairs(self: Stage, rope: Rope, channels: object) -> Rotation:
+        return tables(self, rope, whole_pairs(case.model, case.layout.num_dim_slices)[self.mesh.at.slice])
 
     with patch.object(shards, "qk_channels", contiguous), patch.object(Stage, "rotation", of_whole_pairs):
         yield
@@ -123,7 +126,8 @@ def _reversed_frequencies(case: Case, rank: int) -> Iterator[Alter]:
 
     def alter(engine: Engine) -> None:
         for each in _stages(engine):
-            each.rotations = [Rotation(r.cos.flip(-1), r.sin.flip(-1), r.width) for r in each.rotations]
+            for tables in each.rotations.values():
+                tables[:] = [Rotation(r.cos.flip(-1), r.sin.flip(-1), r.width) for r in tables]
 
     yield alter if rank == victim(case) else _nothing
 
@@ -164,7 +168,7 @@ def _swapped_rows(case: Case, rank: int) -> Iterator[Alter]:
 
     def alter(engine: Engine) -> None:
         choose = engine._choose
-        engine._choose = lambda logits, local: choose(logits.flip(0), local)  # type: ignore[method-assign]
+        engine._choose = lambda logits, *where: choose(logits.flip(0), *where)  # type: ignore[method-assign]
 
     yield alter
 
@@ -175,7 +179,7 @@ def _swapped_vocabulary(case: Case, rank: int) -> Iterator[Alter]:
 
     def alter(engine: Engine) -> None:
         choose, shift = engine._choose, len(engine.stage.vocab[0])
-        engine._choose = lambda logits, local: choose(logits.roll(shift, 1), local)  # type: ignore[method-assign]
+        engine._choose = lambda logits, *where: choose(logits.roll(shift, 1), *where)  # type: ignore[method-assign]
 
     yield alter
 
@@ -278,7 +282,7 @@ def _never_ended(case: Case, rank: int) -> Iterator[Alter]:
     """Sequences that have chosen the stop token go on."""
 
     def alter(engine: Engine) -> None:
-        engine.stop_token = None
+        engine.stop_tokens = engine.stop_tokens[:0]
 
     yield alter
 

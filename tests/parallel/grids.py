@@ -53,7 +53,7 @@ AWKWARD = ModelSpec(
     mlp_hidden_size=43,
     vocab_size=37,
     max_positions=20,
-    linear_bias=True,
+    linear_bias=("qkv", "o", "mlp"),
     attention_gain=3.0,
 )
 WORKLOADS = (

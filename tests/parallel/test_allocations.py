@@ -23,7 +23,7 @@ MODEL = replace(
     mlp_hidden_size=128,
     vocab_size=128,
     max_positions=12,
-    linear_bias=True,
+    linear_bias=("qkv", "o", "mlp"),
 )
 WORKLOAD = Workload(batch=2, seq=4, decode_steps=2, dtype="float32")
 STATIONARY = (

@@ -64,7 +64,7 @@ PROPERTIES = {
     "scale": lambda c: c.model.attention_scale is not None,
     "soft cap": lambda c: c.model.attn_logit_softcapping > 0,
     "window": lambda c: c.model.sliding_window > 0,
-    "window in some layers": lambda c: c.model.full_attention_every > 0 and c.model.num_layers > 1,
+    "window in some layers": lambda c: c.model.full_attention_layers != (),
     "QK norm": lambda c: c.model.qk_norm,
     "QK norm over slices": lambda c: c.model.qk_norm and c.layout.num_dim_slices > 1,
     "output concat": lambda c: c.layout.output == "concat",

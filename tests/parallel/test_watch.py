@@ -19,7 +19,7 @@ WORKLOAD = Workload(batch=3, seq=8, decode_steps=2, dtype="float32")
 RUNS = {
     "plain": (TINY, WORKLOAD),
     "window, cap": (replace(TINY, sliding_window=3, attn_logit_softcapping=3.0), WORKLOAD),
-    "gelu_tanh, biases": (replace(TINY, activation="gelu_tanh", linear_bias=True), WORKLOAD),
+    "gelu_tanh, biases": (replace(TINY, activation="gelu_tanh", linear_bias=("qkv", "o", "mlp")), WORKLOAD),
     "ragged chunks": (TINY, replace(WORKLOAD, chunk_positions=3, prompt_lengths=(8, 1, 5))),
     "bidirectional": (replace(TINY, is_causal=False), replace(WORKLOAD, decode_steps=0)),
 }

@@ -25,9 +25,10 @@ from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.runtime.meter import LiveBytes
-from headgrid.runtime.stage import StageCall, load, prefill_call
+from headgrid.runtime.stage import StageCall, prefill_call
 from headgrid.runtime.weights import draw, whole
 
 POLL_SECONDS = 0.001
@@ -92,7 +93,8 @@ def build(case: Case, mesh: Mesh, get: Callable[[str, Shard], Tensor] | None = N
     weights = load(model, layout, mesh.rank, get or get_weight(case))
     elements = cache_shape(model, layout, workload, mesh.rank).elements
     arena = new_arena(elements, getattr(torch, workload.dtype), torch.device("cpu"))
-    return Engine(model, layout, workload, mesh, weights, arena, case.stop_token)
+    stops = () if case.stop_token is None else (case.stop_token,)
+    return Engine(model, layout, workload, mesh, weights, arena, stops)
 
 
 @torch.inference_mode()
@@ -119,7 +121,7 @@ def _attention_halves(case: Case, engine: Engine) -> dict[str, Tensor]:
             torch.zeros_like(part, dtype=stage.dtype),
             held.new_zeros(len(part)),
         )
-        result[own], mine[own] = stage._attention(stage.layers[0], 0, part[own], call), True
+        result[own], mine[own] = stage.attention_half(stage.layers[0], 0, part[own], call), True
         where = rows, slice(positions.start, positions.stop)
         found[where] = result.view(len(rows), len(positions), -1)
         held[where] = mine.view(len(rows), len(positions))

@@ -18,8 +18,8 @@ from headgrid.layout.span import indices
 from headgrid.layout.traffic import Collective
 from headgrid.reference import Reference, relative_error
 from headgrid.runtime.launch import Job, run
+from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.stage import load
 from headgrid.runtime.training import Trainer
 from headgrid.runtime.weights import draw
 from headgrid.spec.model import ModelSpec

@@ -22,8 +22,8 @@ MODEL = ModelSpec(
 )
 VARIANTS = {
     "rotary": {},
-    "learned, biases, tied": {"positions": "learned", "linear_bias": True, "tied_embeddings": True},
-    "head norms, partly rotary": {"qk_norm": True, "rotary_dim": 8, "linear_bias": True},
+    "learned, biases, tied": {"positions": "learned", "linear_bias": ("qkv", "o", "mlp"), "tied_embeddings": True},
+    "head norms, partly rotary": {"qk_norm": True, "rotary_dim": 8, "linear_bias": ("qkv", "o", "mlp")},
     "window, cap, scale": {"sliding_window": 4, "attn_logit_softcapping": 3.0, "attention_scale": 0.4},
     "bidirectional, tied": {"is_causal": False, "tied_embeddings": True, "activation": "gelu_tanh"},
 }

@@ -12,8 +12,8 @@ from training_cases import TrainingCase
 
 from headgrid.runtime import training
 from headgrid.runtime.collectives import Axis, Recorder
+from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.stage import load
 from headgrid.runtime.training import Trainer
 from headgrid.runtime.weights import draw
 

@@ -25,13 +25,13 @@ def model(heads: int, kv_heads: int, head_dim: int, **other: object) -> ModelSpe
 
 MODELS = (
     model(28, 4, 10),  # 28 heads on 8 ranks: no head-parallel system divides it
-    model(14, 2, 8, linear_bias=True),
-    model(12, 12, 6, positions="learned", linear_bias=True, tied_embeddings=True),
+    model(14, 2, 8, linear_bias=("qkv", "o", "mlp")),
+    model(12, 12, 6, positions="learned", linear_bias=("qkv", "o", "mlp"), tied_embeddings=True),
     model(16, 8, 4, positions="learned"),
     model(5, 1, 32, tied_embeddings=True),
     model(8, 8, 2),
-    model(3, 3, 7, positions="learned", linear_bias=True),
-    model(12, 4, 11, rotary_dim=4, qk_norm=True, linear_bias=True),
+    model(3, 3, 7, positions="learned", linear_bias=("qkv", "o", "mlp")),
+    model(12, 4, 11, rotary_dim=4, qk_norm=True, linear_bias=("qkv", "o", "mlp")),
 )
 EVERY_MODEL = [(spec.name, spec) for spec in MODELS]
 

@@ -192,7 +192,7 @@ def test_more_positions_than_the_model_has_are_refused_with_a_length_that_works(
         ({"attn_logit_softcapping": float("inf")}, ("attn_logit_softcapping", "inf")),
         ({"attn_logit_softcapping": float("nan")}, ("attn_logit_softcapping", "nan")),
         ({"sliding_window": -1}, ("sliding_window", "-1", "0 for none")),
-        ({"full_attention_every": -2}, ("full_attention_every", "-2", "0 for none")),
+        ({"full_attention_layers": (-2,)}, ("full_attention_layers", "-2", "layers")),
         ({"attn_logit_softcapping": -30.0}, ("attn_logit_softcapping", "-30.0", "0 for none")),
         ({"attention_scale": 0.0}, ("attention_scale", "0.0")),
         ({"attention_scale": float("inf")}, ("attention_scale", "inf")),
@@ -251,8 +251,8 @@ def test_what_a_model_says_of_its_attention() -> None:
     assert replace(plain, positions="learned").rotated_dim == 0
     with pytest.raises(InvalidInput, match="rotary_dim 4 needs rotary positions"):
         replace(plain, positions="learned", rotary_dim=4)
-    alternating = replace(plain, sliding_window=3, full_attention_every=2)
-    assert [alternating.window(layer) for layer in range(5)] == [3, 0, 3, 0, 3]
+    alternating = replace(plain, sliding_window=3, full_attention_layers=(1,))
+    assert [alternating.window(layer) for layer in range(5)] == [3, 0, 3, 3, 3]
     assert [replace(plain, sliding_window=3).window(layer) for layer in range(3)] == [3, 3, 3]
 
 

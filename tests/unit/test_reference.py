@@ -27,7 +27,7 @@ GPT2 = ModelSpec(
     max_positions=32,
     positions="learned",
     activation="gelu_tanh",
-    linear_bias=True,
+    linear_bias=("qkv", "o", "mlp"),
     tied_embeddings=True,
 )
 
@@ -186,10 +186,10 @@ def test_one_head_is_rotated_as_llama_rotates_it() -> None:
     q, k = random(2, 64, 1, 10), random(2, 64, 1, 10, seed=3)
     rotate = Reference(LLAMA, nothing, torch.float64)._rotate
     theirs = apply_rotary_pos_emb(q, k, *angles(64), unsqueeze_dim=2)
-    for ours, their in zip((rotate(q), rotate(k)), theirs, strict=True):
+    for ours, their in zip((rotate(q, LLAMA.rope(0)), rotate(k, LLAMA.rope(0))), theirs, strict=True):
         assert relative_error(ours, their) < 1e-13
     interleaved = torch.cat([q[..., ::2], q[..., 1::2]], dim=-1)
-    assert relative_error(rotate(interleaved), theirs[0]) > 0.1, "another pairing of channels is noticed"
+    assert relative_error(rotate(interleaved, LLAMA.rope(0)), theirs[0]) > 0.1, "another pairing of channels is noticed"
 
 
 def test_grouped_attention_with_rotary_positions_is_that_of_llama() -> None:

@@ -15,7 +15,6 @@ from transformers import (
     BertModel,
     Gemma2Config,
     Gemma2Model,
-    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MistralConfig,
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from headgrid.reference import Reference, relative_error
-from headgrid.spec.model import ModelSpec
+from headgrid.spec.model import BIASES, ModelSpec
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, SEQ, THETA = 48, 6, 2, 12, 3, 21, 500.0
 EXACT, SINGLE = 1e-12, 1e-6
@@ -111,12 +110,12 @@ GEMMA = {
     "attention_scale": 20**-0.5,
     "attn_logit_softcapping": 3.0,
     "sliding_window": 5,
-    "full_attention_every": 2,
+    "full_attention_layers": (1,),
 }
 FAMILIES = (
     _family(
         *("mistral", MistralModel, MistralConfig, {"sliding_window": 6}, EXACT),
-        ({"sliding_window": 5}, {"sliding_window": 7}, {"sliding_window": 0}, {"full_attention_every": 2}),
+        ({"sliding_window": 5}, {"sliding_window": 7}, {"sliding_window": 0}, {"full_attention_layers": (1,)}),
         **SDPA | {"head_dim": HEAD_DIM, "sliding_window": 6},
     ),
     _family(
@@ -128,19 +127,25 @@ FAMILIES = (
         *("gemma2", Gemma2Model, Gemma2Config, GEMMA, SINGLE),
         (
             *({"attn_logit_softcapping": 0.0}, {"attn_logit_softcapping": 4.0}, {"attention_scale": None}),
-            *({"full_attention_every": 0}, {"full_attention_every": 3}, {"sliding_window": 4}),
+            *({"full_attention_layers": ()}, {"full_attention_layers": (0,)}, {"sliding_window": 4}),
         ),
         **EAGER | {"head_dim": HEAD_DIM, "sliding_window": 5, "query_pre_attn_scalar": 20},
         attn_logit_softcapping=3.0,
     ),
     _family(
-        *("phi", PhiModel, PhiConfig, {"rotary_dim": 2, "linear_bias": True, "head_dim": 8}, EXACT),
+        *("phi", PhiModel, PhiConfig, {"rotary_dim": 2, "linear_bias": ("qkv", "o", "mlp"), "head_dim": 8}, EXACT),
         ({"rotary_dim": 4}, {"rotary_dim": 0}, {"rotary_dim": 8}),
         **SDPA | {"rope_parameters": ROTARY | {"partial_rotary_factor": 0.25}},
     ),
 )
 BERT = replace(
-    *(BASE,), name="bert", positions="learned", is_causal=False, linear_bias=True, num_kv_heads=HEADS, head_dim=8
+    *(BASE,),
+    name="bert",
+    positions="learned",
+    is_causal=False,
+    linear_bias=BIASES,
+    num_kv_heads=HEADS,
+    head_dim=8,
 )
 EVERY = (
     *FAMILIES,
@@ -238,16 +243,8 @@ def test_another_choice_is_noticed(family: Family) -> None:
         assert max(errors(seen, replace(family.spec, **change))) > NOTICED, change
 
 
-@pytest.mark.parametrize(("config", "every"), [(Gemma2Config, 2), (Gemma3TextConfig, 6)])
-def test_layers_without_a_window_are_those_of_gemma(config: type, every: int) -> None:
-    theirs = [kind == "full_attention" for kind in config(num_hidden_layers=13).layer_types]
-    ours = replace(BASE, num_layers=13, sliding_window=4, full_attention_every=every)
-    assert [not ours.window(layer) for layer in range(13)] == theirs
-    assert [not replace(ours, full_attention_every=every + 1).window(layer) for layer in range(13)] != theirs
-
-
 # GPT-NeoX with its halves one after the other is our model as a whole, with partial rotary positions.
-NEOX = replace(BASE, name="gpt-neox", num_kv_heads=HEADS, head_dim=8, rotary_dim=4, linear_bias=True, norm_eps=1e-4)
+NEOX = replace(BASE, name="gpt-neox", num_kv_heads=HEADS, head_dim=8, rotary_dim=4, linear_bias=BIASES, norm_eps=1e-4)
 
 
 def neox() -> GPTNeoXForCausalLM:

@@ -230,7 +230,7 @@ def pairs(draw: st.DrawFn) -> tuple[ModelSpec, Layout]:
         mlp_hidden_size=draw(st.integers(n * m, 90)),
         vocab_size=draw(st.integers(n * m, 90)),
         hidden_size=draw(st.integers(n * m, 50)),
-        linear_bias=draw(st.booleans()),
+        linear_bias=draw(st.sampled_from(((), ("qkv", "o", "mlp")))),
         rotary_dim=2 * draw(st.integers(0, head_dim // 2)) if rotary else 0,
         qk_norm=draw(st.booleans()),
         num_layers=1,

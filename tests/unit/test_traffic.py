@@ -209,7 +209,7 @@ def test_sequence_shares_the_work_and_saves_part_of_the_masked_half(m: int) -> N
 
 def test_windows_and_chunks_save_the_keys_that_no_query_of_a_call_sees() -> None:
     spec, pair = replace(SPEC, num_layers=2, max_positions=99), 2 * 2 * H * D_HEAD * BATCH
-    windowed = replace(spec, sliding_window=5, full_attention_every=2)  # the first layer of two
+    windowed = replace(spec, sliding_window=5, full_attention_layers=(1,))  # the first layer of two
     full = decode_flops(spec, Layout(), WORK, 0, step=3)
     assert full - decode_flops(windowed, Layout(), WORK, 0, step=3) == pair * (20 - 5)
     quarters = replace(WORK, chunk_positions=4)

@@ -14,7 +14,7 @@ from headgrid.layout.legal import legal_layouts
 from headgrid.layout.shards import Shard, parameters
 from headgrid.layout.span import indices
 from headgrid.runtime import weights
-from headgrid.runtime.stage import load
+from headgrid.runtime.layer import load
 from headgrid.runtime.weights import distribution, draw, whole
 from headgrid.spec.model import ModelSpec
 
@@ -25,7 +25,7 @@ LARGE = model(
     hidden_size=256,
     mlp_hidden_size=512,
     vocab_size=512,
-    linear_bias=True,
+    linear_bias=("qkv", "o", "mlp"),
     attention_gain=2.5,
 )
 

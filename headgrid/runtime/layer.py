@@ -1,0 +1,88 @@
+"""The local weights of a rank, and of these the weights of one layer."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headgrid.layout.layout import Layout
+from headgrid.layout.shards import parameters, stacks
+from headgrid.spec.model import ModelSpec
+
+Weights = dict[str, Tensor]
+Norm = tuple[Tensor, Tensor | None]
+Linear = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The local weights of one layer; `qkv` stacks the rows of W_Q, W_K, W_V, and `up` those of a gate, if any."""
+
+    attention_norm: Norm
+    qkv: Linear
+    o: Linear
+    mlp_norm: Norm
+    up: Linear
+    down: Linear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    attention_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+
+
+def allocate(
+    model: ModelSpec, layout: Layout, rank: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Weights, dict[str, Tensor]]:
+    """Empty local weights of `rank` as they are stored, and views of them under the names of `parameters`."""
+    shards = parameters(model, layout, rank)
+    weights: Weights = {}
+    views: dict[str, Tensor] = {}
+    for stored, names in stacks(shards).items():
+        heights, (_, *rest) = [shards[name].local_shape[0] for name in names], shards[names[0]].local_shape
+        weights[stored] = torch.empty(sum(heights), *rest, dtype=dtype, device=device)
+        stops = list(itertools.accumulate(heights))
+        views |= {  # not by split, whose parts may not be written in place where gradients are wanted
+            name: weights[stored][stop - height : stop]
+            for name, height, stop in zip(names, heights, stops, strict=True)
+        }
+    return weights, views
+
+
+def load(model: ModelSpec, layout: Layout, rank: int, get: Callable[..., Tensor]) -> Weights:
+    """Every tensor of `rank`, from `get(name, shard)`, which returns the shard."""
+    shards = parameters(model, layout, rank)
+    name = next(iter(shards))
+    part = get(name, shards[name])
+    weights, views = allocate(model, layout, rank, part.dtype, part.device)
+    for each, view in views.items():
+        if each != name:
+            del part  # at most one is held twice
+            part, name = get(each, shards[each]), each
+        view.copy_(part)
+    return weights
+
+
+def layer_weights(weights: Weights, index: int) -> Layer:
+    """The weights of layer `index` (global), by their names."""
+
+    def pair(name: str) -> tuple[Tensor, Tensor | None]:
+        return weights[f"layers.{index}.{name}.weight"], weights.get(f"layers.{index}.{name}.bias")
+
+    def if_any(name: str) -> Norm | None:
+        return pair(name) if f"layers.{index}.{name}.weight" in weights else None
+
+    q_norm, k_norm = (weights.get(f"layers.{index}.attention.{name}_norm.weight") for name in "qk")
+    return Layer(
+        pair("attention.norm"),
+        pair("attention.qkv"),
+        pair("attention.o"),
+        pair("mlp.norm"),
+        pair("mlp.gate_up" if f"layers.{index}.mlp.gate_up.weight" in weights else "mlp.up"),
+        pair("mlp.down"),
+        q_norm,
+        k_norm,
+        if_any("attention.post_norm"),
+        if_any("mlp.post_norm"),
+    )

@@ -75,6 +75,8 @@ class Design:
     text: Text
     protocol: Protocol
     order: tuple[tuple[tuple[int, ...], ...], ...]
+    checkpoint: str | None = None
+    """Folder of the weights; None: they are drawn."""
 
     @property
     def backend(self) -> str:
@@ -97,6 +99,7 @@ class Design:
         }
         flat |= {"control": self.control, "ranks": self.ranks, "device": self.device, "backend": self.backend}
         flat |= {"text": asdict(self.text), "protocol": protocol.pop("name"), **protocol}
+        flat |= {"checkpoint": self.checkpoint} if self.checkpoint is not None else {}
         flat["order"] = [[list(block) for block in launch] for launch in self.order]
         declared = json.dumps({k: v for k, v in flat.items() if k != "created"}, sort_keys=True)
         return flat | {"hash": hashlib.sha256(declared.encode()).hexdigest()}
@@ -118,6 +121,7 @@ def from_dict(data: dict[str, Any]) -> Design:
         text=Text(**data["text"]),
         protocol=Protocol(name=data["protocol"], **{name: data[name] for name in protocol_fields}),
         order=tuple(tuple(tuple(block) for block in launch) for launch in data["order"]),
+        checkpoint=data.get("checkpoint"),
     )
     if design.to_dict()["hash"] != data.get("hash"):
         raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
@@ -198,6 +202,7 @@ def declare(
     device: Device,
     text: Text,
     protocol: Protocol,
+    checkpoint: str | None = None,
 ) -> Design:
     """Fix the whole comparison. Raises InvalidLayout or InvalidInput with the legal alternatives."""
     named = name_arms(arms)
@@ -216,4 +221,5 @@ def declare(
         text=text,
         protocol=protocol,
         order=random_order(len(named), protocol),
+        checkpoint=checkpoint,
     )

@@ -19,8 +19,9 @@ from headgrid.experiment.machine import Machine, look
 from headgrid.experiment.text import identify
 from headgrid.layout.layout import parse_layout
 from headgrid.layout.legal import check
-from headgrid.spec.model import ModelSpec, find_model
-from headgrid.spec.workload import Workload
+from headgrid.models.pretrained import find_spec
+from headgrid.spec.model import ModelSpec
+from headgrid.spec.workload import Workload, dtype_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +72,12 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     """The design, and what had to be decided that the user should know. Raises before any process starts."""
     if wishes.device not in (None, "cpu", "cuda"):
         raise InvalidInput(f"device {wishes.device!r} is not known", legal=("cpu", "cuda"))
-    if wishes.dtype == "float64":
+    if wishes.dtype in ("float64", "fp64"):
         raise InvalidInput("float64 is the reference's own dtype", legal=("float32", "float16", "bfloat16"))
     machine = look(wishes.started_ranks or wishes.ranks, wishes.device)  # type: ignore[arg-type]
     ranks = _ranks(wishes, machine)
     default = _DEFAULTS[machine.device]
-    model = find_model(wishes.model or default["model"])
+    model, folder = find_spec(wishes.model or default["model"])
     if not model.is_causal:
         raise InvalidInput(
             f"{model.name} is bidirectional, and a comparison times decoding too", legal=("a causal --model",)
@@ -109,6 +110,7 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
         device=machine.device,
         text=identify(wishes.text),
         protocol=_protocol(wishes, default, workload),
+        checkpoint=str(folder.absolute()) if folder is not None else None,
     )
     return design, notes
 
@@ -146,7 +148,8 @@ def _ranks(wishes: Wishes, machine: Machine) -> int:
 
 
 def _workload(wishes: Wishes, default: dict[str, Any], model: ModelSpec) -> Workload:
-    sizes = {name: getattr(wishes, name) or default[name] for name in ("batch", "seq", "decode_steps", "dtype")}
+    sizes = {name: getattr(wishes, name) or default[name] for name in ("batch", "seq", "decode_steps")}
+    sizes["dtype"] = dtype_name(wishes.dtype or default["dtype"])
     if wishes.seq is None:
         sizes["seq"] = min(sizes["seq"], model.max_positions - sizes["decode_steps"])
     return Workload(**sizes, chunk_positions=wishes.chunk_positions)

@@ -21,15 +21,14 @@ from headgrid.experiment.journal import Journal
 from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
 from headgrid.experiment.text import read_identified, token_rows
 from headgrid.experiment.verify import Oracle, Trace, judge, judge_control
+from headgrid.experiment.weights import weights_of
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.memory import cache_shape, predict
 from headgrid.layout.traffic import decode_collectives, layer_collectives, prefill_collectives
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder, barrier
 from headgrid.runtime.engine import Engine
-from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
-from headgrid.runtime.weights import draw
 
 
 def gather_json(value: Any, device: torch.device) -> list[Any]:
@@ -62,12 +61,15 @@ class Launch:
         self.pool = GroupPool(rank)
         rows = token_rows(read_identified(design.text), design.workload.batch, design.workload.seq)
         self.input_sha256 = hashlib.sha256(b"".join(rows)).hexdigest()
-        self.prompts = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1).long()
+        text = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1).long()
+        self.prompts = text % design.model.vocab_size
         self.verified_rows = rows_to_verify(design, self.index)
         elements = max(self._cache_elements(layout) for layout in (*design.layouts, parse_layout(design.control)))
         self.arena = new_arena(elements, self.dtype, self.device)
-        seed = design.protocol.seed
-        self.oracle = Oracle(design.model, seed, self.dtype, self.device, self.prompts[self.verified_rows])
+        self.weights = weights_of(design, self.pool, self.dtype, self.device)
+        self.oracle = Oracle(
+            design.model, self.weights.whole, self.dtype, self.device, self.prompts[self.verified_rows]
+        )
 
     def _cache_elements(self, layout: Layout) -> int:
         return cache_shape(self.design.model, layout, self.design.workload, self.rank).elements
@@ -79,13 +81,8 @@ class Launch:
 
     def engine(self, layout: Layout) -> Engine:
         """The layout's groups, weights and engine; its cache shares the arena with the others'."""
-        model, seed = self.design.model, self.design.protocol.seed
-
-        def get(name: str, shard: Any) -> Tensor:
-            return draw(model, seed, name, shard, dtype=self.dtype, device=self.device)
-
-        mesh = Mesh(layout, self.pool)
-        return Engine(model, layout, self.design.workload, mesh, load(model, layout, self.rank, get), self.arena)
+        mesh, workload = Mesh(layout, self.pool), self.design.workload
+        return Engine(self.design.model, layout, workload, mesh, self.weights.local(layout), self.arena)
 
     def share(self, x: Tensor) -> Tensor:
         """Sum over all ranks."""
@@ -126,7 +123,7 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     if len(set(gather_json(launch.input_sha256, launch.device))) > 1:
         raise InvalidInput("ranks read different input", why="the text must be the same file on every host")
     names = gather_json(torch.cuda.get_device_name() if design.device == "cuda" else "cpu", launch.device)
-    weights = json.dumps([design.model.to_dict(), design.protocol.seed], sort_keys=True)
+    weights = launch.weights.identity
     launch.record(
         "launch",
         design_hash=payload["design"]["hash"],

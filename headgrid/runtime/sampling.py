@@ -18,9 +18,7 @@ from torch import Tensor
 from headgrid.errors import InvalidInput
 from headgrid.runtime.hashing import key_of, mixed, unit
 
-_ELEMENTS = (
-    1 << 22
-)  # logits (or bins of histograms) worked on at a time: bounds the temporaries of 8 bytes to some hundred MB
+_ELEMENTS = 1 << 22  # logits worked on at a time: bounds the temporaries of 8 bytes to some hundred MB
 _MASS_BITS = 41  # the largest mass is 2^41, so a row's masses sum to less than 2^63 for vocabularies up to 2^21
 _TEMPERATURES = (1e-3, 1e3)
 
@@ -126,7 +124,7 @@ def _heaviest(mass: Tensor, spare: Tensor) -> Tensor:
     """
     ascending = mass.sort(dim=-1).values
     dropped = (ascending.cumsum(-1) <= spare).sum(-1, keepdim=True)
-    # The last token is kept anyway, and only where logits are not numbers is the lightest one kept without weight.
+    # Both clamps change nothing but where logits are not numbers, whose masses are none: no index or divisor is wrong.
     lightest = ascending.gather(-1, dropped.clamp_max_(mass.shape[-1] - 1)).clamp_min_(1)
     outside = torch.where(mass < lightest, mass, 0).sum(-1, keepdim=True)
     ties = mass == lightest

@@ -202,6 +202,8 @@ def find_model(name: str) -> ModelSpec:
     models = named_models()
     if name not in models:
         raise InvalidInput(
-            f"no model is named {name!r}", legal=tuple(models), command=f"headgrid layouts --model {next(iter(models))}"
+            f"no model is named {name!r}, and there is no such folder",
+            legal=tuple(models),
+            command=f"headgrid layouts --model {next(iter(models))}",
         )
     return models[name]

@@ -1,74 +1,27 @@
-"""The command line: parses to specifications and layouts, calls, prints. No logic of its own."""
+"""The lab's commands: compare layouts, list them, report, describe the machine."""
 
 import json
-import signal
 import sys
-from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from headgrid import __version__
-from headgrid.errors import HeadgridError, InvalidInput, VerificationFailed
+from headgrid.cli.show import Json, Out, console_for, print_table, progress_bar
+from headgrid.errors import InvalidInput, VerificationFailed
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
-)
-_INTERRUPTED = 130
-_LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
-Out = Annotated[Path, typer.Option(help="Folder for run folders.")]
+LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 
 
-def main() -> None:
-    """Entry point: expected failures become one block on standard error and an exit code of their own."""
-    signal.signal(signal.SIGTERM, _interrupt)  # a polite end is like Ctrl-C: ranks are ended, nothing is left behind
-    try:
-        code = app(standalone_mode=False)
-        if code == _INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.exit(code or 0)
-    except HeadgridError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(error.block()), style="red")
-        sys.exit(error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        Console(stderr=True).print("interrupted: finished records are kept, go on with --resume", style="yellow")
-        sys.exit(_INTERRUPTED)
-    except Exception as error:
-        if not _is_usage(error):
-            raise
-        Console(stderr=True, highlight=False).print(f"error: {escape(error.format_message())}", style="red")  # type: ignore[attr-defined]
-        sys.exit(64)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _is_usage(error: Exception) -> bool:
-    return hasattr(error, "format_message") and hasattr(error, "exit_code")
-
-
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Exact attention on any number of GPUs: heads in n groups, channels of every head in m slices."""
-    if version:
-        Console().print(f"headgrid {__version__}", highlight=False)
-        raise typer.Exit
-
-
-@app.command()
 def compare(
-    model: Annotated[str | None, typer.Option(help="A named model (see `headgrid layouts`).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A named model (see `headgrid layouts`), or a folder in Hugging Face format.")
+    ] = None,
     arms: Annotated[str | None, typer.Option(help="Layouts, comma-separated; the first is the baseline.")] = None,
     ranks: Annotated[int | None, typer.Option(min=2, help="Ranks: 16 on a CPU, all GPUs otherwise.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, max=_LARGEST_BATCH, help="Sequences.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=LARGEST_BATCH, help="Sequences.")] = None,
     seq: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each sequence.")] = None,
     decode_steps: Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")] = None,
     chunk_positions: Annotated[
@@ -95,13 +48,15 @@ def compare(
 
         headgrid compare --ranks 4 --arms tp2pp2,n2m2:batch,n2m2:sequence+sharded,dp4 --blocks 20
 
+        headgrid compare --model my-llama --ranks 4 --arms tp4,n2m2:batch
+
         headgrid compare --resume runs/20261122-130000-compare-seed-small
     """
     from headgrid.experiment import folder, machine, plan, runner
     from headgrid.report.conclude import conclude
     from headgrid.runtime import launch
 
-    console = _console(as_json)
+    console = console_for(as_json)
     joined = launch.joined_by_torchrun()
     if resume is None:
         wishes = plan.Wishes(
@@ -135,7 +90,7 @@ def compare(
             return
     else:
         run = open_run()
-        with _progress(console) as show:
+        with progress_bar(console) as show:
             runner.carry_out(run, show)
     summary = conclude(run)
     _print_summary(console, summary)
@@ -143,12 +98,6 @@ def compare(
     if as_json:
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     _raise_if_failed(summary)
-
-
-def _console(as_json: bool) -> Console:
-    """Standard output belongs to JSON when there is JSON; a pipe gets lines wide enough for the tables."""
-    console = Console(stderr=as_json, highlight=False)
-    return console if console.is_terminal else Console(stderr=as_json, highlight=False, width=120)
 
 
 def _names(arms: str | None) -> tuple[str, ...] | None:
@@ -164,33 +113,6 @@ def _raise_if_failed(summary: dict[str, Any]) -> None:
                 sorted({arm["verify"]["reason"] for arm in summary["arms"] if (arm["verify"] or {}).get("reason")})
             ),
         )
-
-
-@contextmanager
-def _progress(console: Console) -> Any:
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting ranks", total=None)
-
-        def show(progress: Any) -> None:
-            bar.update(task, completed=progress.done, total=progress.total, description=escape(progress.latest))
-
-        yield show
-
-
-def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for n, column in enumerate(columns):
-        table.add_column(column, justify="right" if n else "left", no_wrap=n == 0)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
 
 
 def _interval(figure: dict[str, Any] | None, scale: float, digits: int) -> str:
@@ -214,7 +136,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         for arm in summary["arms"]
     ]
     columns = ("arm", "verified", "rel. error", "prefill tok/s [95 %]", "TPOT ms [95 %]", "MiB per rank")
-    _print_table(console, f"{summary['device']}: arms", columns, rows)
+    print_table(console, f"{summary['device']}: arms", columns, rows)
     baseline = next(arm["label"] for arm in summary["arms"] if arm["role"] == "baseline")
     pairs = [
         (row["a"], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
@@ -222,7 +144,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         if row["b"] == baseline
     ]
     columns = ("arm", "phase", "throughput ratio [95 %]", "verdict", "interval over")
-    _print_table(console, f"against {baseline}", columns, pairs)
+    print_table(console, f"against {baseline}", columns, pairs)
     for warning in summary["warnings"]:
         console.print(f"- {escape(warning)}", style="yellow")
 
@@ -234,11 +156,10 @@ def _ratio(row: dict[str, Any]) -> str:
     return f"{row['ratio']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
 
 
-@app.command()
 def layouts(
-    model: Annotated[str, typer.Option(help="A named model.")] = "seed",
+    model: Annotated[str, typer.Option(help="A named model, or a folder in Hugging Face format.")] = "seed",
     ranks: Annotated[int, typer.Option(min=1, help="Devices.")] = 16,
-    batch: Annotated[int, typer.Option(min=1, max=_LARGEST_BATCH, help="Sequences.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, max=LARGEST_BATCH, help="Sequences.")] = 128,
     seq: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 10_000,
     decode_steps: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
@@ -259,10 +180,10 @@ def layouts(
     from headgrid.experiment.budget import worst
     from headgrid.layout.layout import parse_layout
     from headgrid.layout.legal import check, is_legal, legal_layouts
-    from headgrid.spec.model import find_model
+    from headgrid.models.pretrained import find_spec
     from headgrid.spec.workload import Workload
 
-    spec = find_model(model)
+    spec, _ = find_spec(model)
     if decode_steps >= spec.max_positions:
         raise InvalidInput(f"{decode_steps} decode steps, but {model} has {spec.max_positions} positions")
     sizes: dict[str, Any] = {"batch": batch, "seq": min(seq, spec.max_positions - decode_steps)}
@@ -279,7 +200,7 @@ def layouts(
     ):
         chosen.append(parse_layout(f"tp{ranks}"))
     rows = [(str(x), worst(spec, x, workload)) for x in chosen]
-    console = _console(as_json)
+    console = console_for(as_json)
     if not rows:
         raise InvalidInput(f"no layout of {model} uses {ranks} ranks with {batch} sequences")
     title = f"{model}: {spec.num_heads} heads, {spec.num_kv_heads} KV heads x {spec.head_dim}; {ranks} ranks; "
@@ -294,7 +215,7 @@ def layouts(
         )
         for name, m in rows
     ]
-    _print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), gib)
+    print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), gib)
     if as_json:
         keys = (
             "parameters_bytes",
@@ -320,7 +241,6 @@ def _draw(spec: Any, layout: str | None, path: Path) -> None:
         raise InvalidInput(f"cannot write {path}", why=str(error)) from error
 
 
-@app.command()
 def report(
     run: Annotated[Path | None, typer.Argument(help="A run folder; the newest under --out by default.")] = None,
     out: Out = Path("runs"),
@@ -337,14 +257,13 @@ def report(
     if folder is None:
         raise InvalidInput(f"no run folder under {out}", command="headgrid compare")
     summary = conclude(folder)
-    console = _console(as_json)
+    console = console_for(as_json)
     _print_summary(console, summary)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
 
 
-@app.command()
 def env(as_json: Json = False) -> None:
     """Show what a run would record of this machine. Example: headgrid env --json"""
     from headgrid.experiment.machine import environment

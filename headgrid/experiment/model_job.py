@@ -55,7 +55,11 @@ class Settled:
     def ensure(self, workload: Workload) -> None:
         """Raise InvalidLayout if the layout cannot run this workload, NotAvailable if memory is too small for it."""
         check(self.pretrained.spec, self.layout, workload)
-        budget.ensure_fits(self.pretrained.spec, [self.layout], workload, self.device, self.free_bytes)
+        try:
+            budget.ensure_fits(self.pretrained.spec, [self.layout], workload, self.device, self.free_bytes)
+        except NotAvailable as error:
+            error.legal = ("more --ranks", "fewer or shorter prompts", "fewer new tokens", "--dtype bf16")
+            raise
 
 
 def settle(wanted: Wanted, batch: int) -> Settled:

@@ -5,7 +5,7 @@ from typing import Any
 
 from headgrid.errors import InvalidLayout
 from headgrid.layout.layout import EXCHANGES, Layout
-from headgrid.spec.model import ModelSpec
+from headgrid.spec.model import ModelSpec, named_models
 from headgrid.spec.workload import Workload
 
 
@@ -54,7 +54,7 @@ def check(model: ModelSpec, layout: Layout, workload: Workload | None = None, ra
             numbers=f"{model.name}: {model.num_heads} heads, {model.num_kv_heads} KV heads, head_dim {model.head_dim}",
             why=problem[1],
             legal=[str(other) for other in legal_layouts(model, total)],
-            command=f"headgrid layouts --model {model.name} --ranks {total}",
+            command=f"headgrid layouts --model {model.name} --ranks {total}" if model.name in named_models() else "",
         )
     if workload is not None:
         _check_workload(model, layout, workload)

@@ -160,8 +160,11 @@ def test_a_refusal_names_the_numbers_and_the_legal_alternatives(
     assert caught.value.legal == tuple(str(layout) for layout in legal_layouts(spec, ranks)) != ()
     for alternative in caught.value.legal:
         check(spec, parse_layout(alternative), ranks=ranks)
-    assert caught.value.command == f"headgrid layouts --model {spec.name} --ranks {ranks}"
+    assert caught.value.command == "", "only a model with a name can be asked for by it"
     assert len(block.splitlines()) <= 12
+    with pytest.raises(InvalidLayout) as caught:
+        check(replace(spec, name="seed"), parse_layout(text), ranks=ranks)
+    assert caught.value.command == f"headgrid layouts --model seed --ranks {ranks}"
 
 
 def test_more_replicas_than_sequences_are_refused_with_a_batch_that_works() -> None:

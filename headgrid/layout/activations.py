@@ -15,7 +15,7 @@ from headgrid.layout.held import INDEX_BYTES, Shape, gathered, turned_pairs
 from headgrid.layout.layout import Layout
 from headgrid.layout.shards import head_shard, stage_layers
 from headgrid.layout.span import Span, balanced, total
-from headgrid.layout.steps import embed_bytes, last_bytes, logits_bytes, steps_bytes
+from headgrid.layout.steps import embed_bytes, is_shared, last_bytes, logits_bytes, steps_bytes
 from headgrid.layout.traffic import gathered_weights, over_heads
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
@@ -130,7 +130,8 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
     if at.pp == layout.pp - 1:
         last = sum(shape.ending for shape in shapes) * model.hidden_size * e
         logits = logits_bytes(model, layout, layout.tp_index(at), mb.size * workload.outputs, e)
-        most.append(hidden + 2 * last + logits)
+        views = workload.every_token and all(map(is_shared, shapes))  # states themselves are put together
+        most.append(hidden + (1 if views else 2) * last + logits)
     return _Held(hidden, mb.size * workload.seq * INDEX_BYTES, starts + max(most))
 
 

@@ -32,7 +32,7 @@ def _normed_bytes(shape: Shape, tokens: int) -> int:
     return max(_norm_bytes(shape, tokens, r), tokens * width * (r + shape.e) if r != shape.e else 0)
 
 
-def _is_shared(shape: Shape) -> bool:
+def is_shared(shape: Shape) -> bool:
     """Whether a half of a layer works on the hidden states themselves, not on normed or converted or gathered ones."""
     plain = shape.layout.residual == "replicated" and shape.residual == shape.e
     return shape.model.norm_placement == "post" and plain
@@ -50,7 +50,7 @@ def _enter_bytes(shape: Shape) -> int:
 
 def _entered_bytes(shape: Shape) -> int:
     """Of that, what stays while it is used."""
-    return 0 if _is_shared(shape) else shape.whole_bytes
+    return 0 if is_shared(shape) else shape.whole_bytes
 
 
 def _sum_bytes(shape: Shape) -> int:

@@ -218,6 +218,15 @@ def corrupted_cases() -> list[Case]:
     ]
 
 
+GEMMA: dict[str, Any] = {
+    **{"norm": "rms", "norm_unit_offset": True, "norm_placement": "both", "gated_mlp": True, "qk_norm": True},
+    **{"tied_embeddings": True, "embedding_scale": 8.0, "final_logit_softcapping": 9.0, "local_rope_theta": 50.0},
+    **{"sliding_window": 9, "full_attention_layers": (1,)},
+}
+BERT: dict[str, Any] = {
+    **{"norm_placement": "post", "embedding_norm": True, "token_types": 2, "positions": "learned", "head": "none"},
+    **{"is_causal": False, "linear_bias": BIASES, "gated_mlp": False},
+}
 MEASURED: dict[str, tuple[str, ...]] = {
     "even": (
         *("tp4", "tp4:concat", "tp4:sharded", "tp4:sharded+fp32", "tp2pp2", "dp4", "n2m2:gather", "n2m2:gather+concat"),
@@ -238,6 +247,9 @@ MEASURED: dict[str, tuple[str, ...]] = {
     ),
     "half": ("n2m2:sequence+sharded+fp32", "n1m2pp2:gather+fp32", "n2m2:batch+gathered+sharded", "n2m2:scores"),
     "windowed": ("tp4", "n2m2:batch", "n2m2:sequence"),
+    "llama": ("tp2pp2:sharded", "n2m2:batch", "n2m2:batch+gathered", "n1m3:scores"),
+    "gemma": ("n2m2:sequence+sharded+fp32", "n1m4:batch"),
+    "bert": ("n2m2:batch+gathered", "n2m2:sequence", "tp2:sharded+fp32"),
 }
 """Layouts by what is special about their model and workload."""
 
@@ -257,6 +269,9 @@ def measured_cases(fault: str = "") -> list[Case]:
         ),
         "half": ({"qk_norm": True, "linear_bias": ("qkv", "o", "mlp")}, {"dtype": "bfloat16"}),
         "windowed": ({"sliding_window": 9, "full_attention_layers": (1,), "attn_logit_softcapping": 3.0}, {}),
+        "llama": ({"norm": "rms", "gated_mlp": True, "activation": "silu", "linear_bias": ("qkv",)}, {}),
+        "gemma": (GEMMA, {"dtype": "bfloat16"}),
+        "bert": (BERT, {"decode_steps": 0, "every_token": True}),
     }
     found: list[Case] = []
     for kind, texts in MEASURED.items():

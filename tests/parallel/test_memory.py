@@ -11,6 +11,7 @@ from headgrid.layout.memory import Memory, predict
 
 TOLERANCE = 0.02
 """Measured and predicted are equal to the byte, but where gloo's threads hold on to a tensor."""
+SCORING = [case for case in measured_cases() if case.layout.exchange == "scores" and case.workload.decode_steps]
 GATHERING = [case for case in measured_cases(WASTEFUL) if case.layout.exchange == "gather"]
 
 
@@ -34,6 +35,14 @@ def test_peak_memory_of_every_rank_is_as_predicted(case: Case, outcomes: Callabl
 def test_largest_buffer_of_every_rank_is_as_predicted_to_the_byte(case: Case, outcomes: Callable) -> None:
     measured = [outcome["buffer_bytes"] for outcome in outcomes(case)]
     assert measured == [predicted.communication_buffer_bytes for predicted in predictions(case)]
+
+
+@pytest.mark.parametrize("case", SCORING, ids=lambda case: case.id)
+def test_a_decode_step_on_partial_scores_holds_no_more_than_predicted(case: Case, outcomes: Callable) -> None:
+    """And not much less: the prediction counts one more copy of the scores than are there at a time."""
+    measured = [outcome["decode_peak_bytes"] for outcome in outcomes(case)]
+    found = [m / p.decode_peak_bytes for m, p in zip(measured, predictions(case), strict=True)]
+    assert all(0.85 < ratio <= 1 for ratio in found), found
 
 
 @pytest.mark.parametrize("case", GATHERING, ids=lambda case: case.id)

@@ -139,7 +139,12 @@ def _peak(engine: Engine, tokens: Tensor) -> dict[str, Any]:
     recorder = Recorder()
     with engine.mesh.observed(recorder), engine.mesh.observed(Settle()), LiveBytes() as live:
         engine.prefill(tokens)
-    return {"peak_bytes": live.peak_bytes, "buffer_bytes": recorder.largest_buffer_bytes}
+    found = {"peak_bytes": live.peak_bytes, "buffer_bytes": recorder.largest_buffer_bytes}
+    if engine.workload.decode_steps:
+        with engine.mesh.observed(Settle()), LiveBytes() as live:
+            engine.decode(1)
+        found["decode_peak_bytes"] = live.peak_bytes
+    return found
 
 
 def _watched(case: Case, mesh: Mesh) -> dict[str, Any]:

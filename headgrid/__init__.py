@@ -3,20 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from headgrid.layout.layout import Layout
     from headgrid.models.model import Model
 
 __version__ = "0.1.0"
 
 
-def load(folder: Any, layout: Any = "tp1", **options: Any) -> "Model":
+def load(folder: "Path | str", layout: "Layout | str" = "tp1", **options: Any) -> "Model":
     """A checkpoint in Hugging Face format on the ranks of a layout: see `headgrid.models.model.load`."""
     from headgrid.models import model
 
     return model.load(folder, layout, **options)
 
 
-def shard(model: Any, layout: Any, **options: Any) -> Any:
-    """An already built transformers model on the ranks of a layout: see `headgrid.models.adapter.shard`.
+def shard(model: "PreTrainedModel", layout: "Layout | str", **options: Any) -> "PreTrainedModel":
+    """`model`, an already built transformers model, on the ranks of a layout: see `headgrid.models.adapter.shard`.
 
     Raises NotAvailable where transformers is not installed.
     """

@@ -1,0 +1,37 @@
+"""Real gloo ranks for the tests of this folder, which stay for the length of a module, and what was counted."""
+
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing import forkserver
+
+import pytest
+import torch
+from greedy_judge import Tally
+from rank_pool import RankPools, Ranks
+
+_TALLY = pytest.StashKey[Tally]()
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """`on_ranks(count, name, **arguments)`: what the function of `model_work` returns on each of so many gloo ranks."""
+    multiprocessing.set_forkserver_preload(["torch.distributed", "headgrid.models.model", "model_work"])
+    forkserver.ensure_running()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads take longer for tensors as small as these
+    pools = RankPools(tmp_path_factory.mktemp("ranks"))
+    yield pools.run
+    pools.close()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Printed when all is over."""
+    return request.config.stash.setdefault(_TALLY, Tally())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What was compared, near ties included."""
+    for line in config.stash.get(_TALLY, Tally()).lines:
+        terminalreporter.write_line(line)

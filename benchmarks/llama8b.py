@@ -48,9 +48,9 @@ def prompts(batch: int, length: int) -> list[list[int]]:
 
 
 def cause(stderr: str) -> str:
-    """The last line that names an error, of all that a launcher says."""
-    errors = [line.strip() for line in stderr.splitlines() if "Error" in line and "torch.distributed" not in line]
-    return errors[-1] if errors else stderr[-300:]
+    """The first line that names an error, of all that a launcher says."""
+    errors = [line.strip() for line in stderr.splitlines() if "Error: " in line and "ChildFailed" not in line]
+    return errors[0] if errors else stderr[-300:]
 
 
 def run(command: list[str], record: dict, out: Path) -> None:

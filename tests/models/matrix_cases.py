@@ -149,12 +149,12 @@ def whole_model(family: str) -> Any:
     model = build(VARIANTS[family])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if family in ("gemma2", "gemma3_text", "gpt2") and name.endswith(("embed_tokens.weight", "wte.weight")):
-                parameter.mul_(_TIED_FACTOR)
+            if name.endswith(("embed_tokens.weight", "wte.weight")):
+                parameter.mul_(_TIED.get(family, 1.0))
     return model
 
 
-_TIED_FACTOR = 0.3
+_TIED = {"gemma2": 0.3, "gemma3_text": 0.1, "gpt2": 0.3}
 
 
 @torch.no_grad()

@@ -124,13 +124,15 @@ def test_ranks_that_exchange_nothing_are_rejected(
     unexchanged: str, on_ranks: Ranks, truth_of: Callable[[str], Truth]
 ) -> None:
     truth = truth_of(unexchanged)
-    found = run(on_ranks, truth, "n1m2:independent", 20 if unexchanged in DECODERS else 0)[0]
+    found, wrong = run(on_ranks, truth, "n1m2:independent", 20 if unexchanged in DECODERS else 0)[0], list[int]()
     for row, prompt in enumerate(truth.prompts):
         whole = outputs(truth.model, prompt + found["tokens"][row])
         assert relative(found["whole"][row], whole) > MOVED or len(prompt) == 1
         if found["tokens"][row]:
             greedy = Greedy(found["tokens"][row], whole[len(prompt) - 1 : -1])
-            assert greedy.wrong and relative(found["logits"][row], greedy.logits) > MOVED
+            assert relative(found["logits"][row], greedy.logits) > MOVED
+            wrong += greedy.wrong
+    assert wrong or unexchanged not in DECODERS
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -148,7 +150,7 @@ def test_a_wrong_token_is_noticed(
     assert right.parts_wrongly(second)
     assert len(Greedy([tokens[-1], *tokens[:-1]], logits).wrong) > NEW_TOKENS / 4
     assert relative(logits * (1 + 3e-5), logits) > BOUND
-    assert len(set(tokens)) > 12
+    assert min(len(set(each)) for each in continuations(family)) > 12  # the same token for ever says little
 
 
 def test_only_a_near_tie_excuses_another_token() -> None:

@@ -27,6 +27,12 @@ FORBIDDEN = {
     "runtime": ("headgrid.experiment", "headgrid.report", "headgrid.reference", "headgrid.cli"),
     "runtime/collectives.py": ("headgrid.layout",),
     "runtime/attention.py": ("torch.distributed",),
+    "models": ("headgrid.experiment", "headgrid.report", "headgrid.reference", "headgrid.cli"),
+    "models/config.py": ("torch", "transformers"),
+    "models/names.py": ("torch", "transformers"),
+    "models/safetensors.py": ("torch",),
+    "models/chunks.py": ("torch",),
+    "models/model.py": ("transformers",),
     "experiment": ("headgrid.report", "headgrid.cli"),
     "report": ("headgrid.runtime", "headgrid.cli", "torch"),
 }

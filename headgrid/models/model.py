@@ -125,7 +125,8 @@ class Model:
             raise InvalidInput(f"max_new_tokens = {max_new_tokens}", legal=("1 or more",))
         if not self.spec.is_causal:
             raise InvalidInput(f"{self.spec.name} is bidirectional: it generates nothing", legal=("logits",))
-        stops = self.pretrained.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+        stops = self.pretrained.config.stop_tokens if stop_tokens is None else stop_tokens
+        stops = [token for token in stops if 0 <= token < self.spec.vocab_size]  # others cannot come
         engine = self.engine(self.workload(ids, decode_steps=max_new_tokens - 1), sampling, stops)
         prompts, found = self.prompts(ids), _Found(len(ids), stops, listener)
         if warm_up:
@@ -212,10 +213,10 @@ def workload_of(spec: ModelSpec, ids: Ids, dtype: str, **more: int | bool) -> Wo
     lengths = [len(each) for each in ids]
     if not lengths or not all(lengths):
         raise InvalidInput("a prompt has at least one token", numbers=f"lengths {lengths}")
-    wrong = [token for each in ids for token in each if not 0 <= token < spec.vocab_size]
+    wrong = [x for each in ids for x in each if type(x) is not int or not 0 <= x < spec.vocab_size]
     if wrong:
         raise InvalidInput(
-            f"token id {wrong[0]} is not one of {spec.vocab_size}", legal=(f"0 to {spec.vocab_size - 1}",)
+            f"token id {wrong[0]!r:.40} is not one of {spec.vocab_size}", legal=(f"0 to {spec.vocab_size - 1}",)
         )
     ragged = tuple(lengths) if len(set(lengths)) > 1 else ()
     sizes = {"batch": len(lengths), "seq": max(lengths), "prompt_lengths": ragged, "decode_steps": 0}

@@ -162,6 +162,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an empty prompt": ({"ids": [[1, 2], []]}, "at least one token"),
     "a token too many": ({"ids": [[1], [3, VOCABULARY]]}, f"token id {VOCABULARY} is not one of {VOCABULARY}"),
     "a negative token": ({"ids": [[5, -1]]}, "token id -1"),
+    "half a token": ({"ids": [[1.5, 2]]}, "token id 1.5"),
+    "true for a token": ({"ids": [[True]]}, "token id True"),
+    "letters": ({"ids": ["abc"]}, "token id 'a'"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens = 0"),
     "too many positions": ({"max_new_tokens": 400}, "positions"),
 }

@@ -29,6 +29,13 @@ VARIANTS = {
     "cap": {"attn_logit_softcapping": 5.0, "attention_scale": 0.3},
     "head norms": {"qk_norm": True, "linear_bias": ("qkv", "o", "mlp")},
     "partly rotary": {"positions": "rotary", "rotary_dim": 4},
+    "llama": {"norm": "rms", "gated_mlp": True, "activation": "silu", "linear_bias": ("qkv",)},
+    "gemma": {
+        **{"norm": "rms", "norm_unit_offset": True, "norm_placement": "both", "gated_mlp": True, "qk_norm": True},
+        **{"activation": "gelu_tanh", "tied_embeddings": True, "embedding_scale": 8.0, "final_logit_softcapping": 9.0},
+        **{"sliding_window": 20, "full_attention_layers": (1,), "positions": "rotary", "local_rope_theta": 50.0},
+    },
+    "norms behind sums": {"norm_placement": "post", "embedding_norm": True, "token_types": 2, "activation": "relu"},
 }
 WORKLOADS = {"even": {}, "ragged, in chunks": {"prompt_lengths": (70, 1, 33), "chunk_positions": 32}}
 
@@ -63,6 +70,32 @@ def test_graph_and_eager_decode_agree_with_the_reference(name: str, variant: str
         truth, noise = (_logits(which, prompts, workload, tokens) for which in models)
         assert relative_error(logits, truth) <= 1.5 * relative_error(noise, truth)
         assert relative_error(logits.roll(1, 1), truth) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_encoder_gives_every_token_s_states(dtype: str) -> None:
+    changes = {"norm_placement": "post", "embedding_norm": True, "token_types": 2, "is_causal": False, "head": "none"}
+    model, layout, device = replace(find_model("seed-small"), **changes), Layout(), torch.device("cuda")
+    lengths, kind = (70, 5, 33), getattr(torch, dtype)
+    workload = Workload(batch=3, seq=70, decode_steps=0, dtype=dtype, prompt_lengths=lengths, every_token=True)  # type: ignore[arg-type]
+    shards = parameters(model, layout, 0)
+
+    def get(tensor: str, shard: object = None) -> torch.Tensor:
+        return draw(model, 0, tensor, shard or shards[tensor], dtype=kind, device=device)  # type: ignore[arg-type]
+
+    arena = new_arena(cache_shape(model, layout, workload, 0).elements, kind, device)
+    engine = Engine(model, layout, workload, Mesh(layout, GroupPool(0)), load(model, layout, 0, get), arena)
+    prompts = torch.randint(0, 256, (3, 70), generator=torch.Generator().manual_seed(1))
+    engine.prefill(prompts)
+    found = torch.cat([engine.logits[i, :length] for i, length in enumerate(lengths)])
+    truth, noise = (
+        torch.cat(
+            [Reference(model, get, d, device).logits(prompts[i : i + 1, :n], n)[0] for i, n in enumerate(lengths)]
+        )
+        for d in (torch.float64, kind)
+    )
+    assert relative_error(found, truth) <= 1.5 * relative_error(noise, truth)
+    assert relative_error(found.roll(1, 0), truth) > 0.1
 
 
 def _logits(model: Reference, prompts: torch.Tensor, workload: Workload, tokens: torch.Tensor) -> torch.Tensor:

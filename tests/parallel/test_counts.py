@@ -83,6 +83,13 @@ PROPERTIES = {
     "rotary": lambda c: c.model.positions == "rotary",
     "learned": lambda c: c.model.positions == "learned",
     "biases": lambda c: c.model.linear_bias,
+    "biases on Q, K and V only": lambda c: c.model.linear_bias == ("qkv",),
+    "RMS norms": lambda c: c.model.norm == "rms",
+    "weights of norms that count from 1": lambda c: c.model.norm_unit_offset,
+    "norms on both sides": lambda c: c.model.norm_placement == "both",
+    "norms behind sums": lambda c: c.model.norm_placement == "post",
+    "gated MLPs": lambda c: c.model.gated_mlp,
+    "rotary positions of two kinds": lambda c: c.model.local_rope_theta and c.model.full_attention_layers,
     "no biases": lambda c: not c.model.linear_bias,
     "tied": lambda c: c.model.tied_embeddings,
     "tied across stages": lambda c: c.model.tied_embeddings and c.layout.pp > 1,
@@ -133,7 +140,7 @@ def test_every_pair_of_exchange_and_output_meets_every_kind_of_model() -> None:
     def kind(case: Case) -> tuple:
         model = case.model
         grouped = model.num_heads > model.num_kv_heads
-        return case.layout.exchange, case.layout.output, model.positions, grouped, model.linear_bias
+        return case.layout.exchange, case.layout.output, model.positions, grouped, bool(model.linear_bias)
 
     kinds = {kind(case) for case in exact_cases() if case.layout.num_dim_slices > 1}
     assert len(kinds) == 4 * 2 * 2**3

@@ -126,12 +126,13 @@ class Stream:
         return new
 
 
-def open_text(folder: Path) -> Text | None:
+def open_text(folder: Path | str) -> Text | None:
     """The tokenizer of a folder; None if it has no tokenizer.json.
 
     Texts are encoded whole and not padded, whatever tokenizer.json says about either, as transformers does.
     Raises InvalidInput if its files are not what they should be.
     """
+    folder = Path(folder)
     path = inside(folder, TOKENIZER)
     if not os.path.lexists(path):
         return None

@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from headgrid.models.model import load
+from headgrid.runtime.sampling import Sampling
+
 NEW = 24
 PROMPTS = ([1, 2, 3, 40, 50, 6, 7], [4, 5])
 
@@ -71,17 +74,17 @@ def test_generate_gives_the_tokens_of_transformers(
 
 
 def test_generate_takes_text_and_a_seed(reference: tuple[LlamaForCausalLM, Path], tmp_path: Path) -> None:
+    """And draws on four ranks what one process draws with the same seed."""
     _, folder = reference
-    options = ("--max-new-tokens", "12", "--temperature", "1.3", "--top-k", "40", "--json")
-
-    def drawn(ranks: str, seed: str) -> list[list[int]]:
-        text = ("--prompt", "w4 w5", "--prompt", "w1 w2 w3")
-        done = headgrid("generate", "--model", folder, "--ranks", ranks, *text, *options, "--seed", seed, cwd=tmp_path)
-        return answer(done)["tokens"]
-
-    first = drawn("1", "7")
-    assert drawn("4", "7") == first
-    assert drawn("1", "8") != first
+    text = ("--prompt", "w4 w5", "--prompt", "w1 w2 w3", "--max-new-tokens", "12")
+    drawing = ("--temperature", "1.3", "--top-k", "40", "--seed", "7", "--json")
+    found = answer(headgrid("generate", "--model", folder, "--ranks", "4", *text, *drawing, cwd=tmp_path))
+    alone = load(folder)
+    same, other = (
+        alone.generate([[4, 5], [1, 2, 3]], 12, sampling=Sampling(temperature=1.3, top_k=40, seed=seed)).tokens
+        for seed in (7, 8)
+    )
+    assert found["tokens"] == same != other
 
 
 def test_verify_tells_an_exact_layout_from_another_function(

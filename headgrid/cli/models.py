@@ -297,7 +297,7 @@ def _print_generation(console: Console, answer: dict[str, Any], streamed: _Strea
 
 def _print_verdict(console: Console, answer: dict[str, Any]) -> None:
     rows = [
-        (f"layer {row['layer']}", f"{row['relative_error']:.2e}", f"{row['floor']:.2e}", "")
+        (f"layer {row['layer']}", _number(row["relative_error"]), _number(row["floor"]), "")
         for row in answer["per_layer"]
     ]
     ends = {f"output, {name}": phase for name, phase in answer["phases"].items()}
@@ -311,10 +311,11 @@ def _print_verdict(console: Console, answer: dict[str, Any]) -> None:
         found = answer["greedy"]
         console.print(f"greedy tokens: {found['matched']} of {found['compared']} equal, {found['ties']} near-ties")
     held = max(sum(rank.values()) for rank in answer["memory_per_rank"])
-    console.print(f"weights and KV cache: {held / 2**20:,.1f} MiB on the fullest rank, as predicted to the byte")
+    as_said = "as predicted to the byte" if answer["memory_as_predicted"] else "NOT as predicted"
+    console.print(f"weights and KV cache: {held / 2**20:,.1f} MiB on the fullest rank, {as_said}")
     console.print(f"collectives as predicted: {'yes' if answer['collectives_as_predicted'] else 'NO'}")
     if not answer["sensitive"]:
-        moved = f"halving all scores would move the result by {answer['sensitivity']:.1e} only"
+        moved = f"halving all scores would move the result by {_number(answer['sensitivity'])} only"
         console.print(f"- {moved}: an error in the attention could hide", style="yellow")
     console.print(escape(answer["verdict"]), style="green" if answer["verdict"] == "verified" else "red")
 

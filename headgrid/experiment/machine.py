@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from headgrid.errors import NotAvailable
 from headgrid.experiment.design import Device
 from headgrid.runtime.launch import machine_environment
 
@@ -44,6 +45,17 @@ def look(ranks: int | None, device: Device | None) -> Machine:
         count = ranks or 16
         return Machine("cpu", count, psutil.virtual_memory().available // count)
     return Machine("cuda", gpus, min((row["memory_free_bytes"] for row in gpu_rows()), default=0))
+
+
+def ensure_devices(machine: Machine, ranks: int, *, started: bool) -> None:
+    """Raise NotAvailable if there are too few GPUs; ranks that a launcher has `started` may be on other hosts too."""
+    if machine.device == "cuda" and not machine.num_devices:
+        raise NotAvailable("there is no CUDA GPU on this host", legal=("--device cpu",))
+    if machine.device == "cuda" and not started and ranks > machine.num_devices:
+        raise NotAvailable(
+            f"{ranks} ranks need {ranks} GPUs and there are {machine.num_devices}",
+            legal=(f"--ranks {machine.num_devices}", "--device cpu"),
+        )
 
 
 def backend(device: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from headgrid.errors import InvalidInput, InvalidLayout, NotAvailable
 from headgrid.experiment import budget
 from headgrid.experiment.design import Device
-from headgrid.experiment.machine import look
+from headgrid.experiment.machine import ensure_devices, look
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, default_layout
 from headgrid.models.pretrained import Pretrained, open_pretrained
@@ -72,10 +72,7 @@ def settle(wanted: Wanted, batch: int) -> Settled:
     ranks = _ranks(wanted, asked)
     machine = look(ranks, wanted.device)  # type: ignore[arg-type]
     ranks = ranks or (machine.num_devices if machine.device == "cuda" else 1)
-    if machine.device == "cuda" and wanted.started_ranks is None and ranks > machine.num_devices:
-        raise NotAvailable(
-            f"{ranks} ranks need {ranks} GPUs and there are {machine.num_devices}", legal=("--device cpu",)
-        )
+    ensure_devices(machine, ranks, started=wanted.started_ranks is not None)
     layout = asked or default_layout(pretrained.spec, ranks, batch)
     check(pretrained.spec, layout, ranks=ranks)
     free_bytes = look(ranks, machine.device).free_bytes

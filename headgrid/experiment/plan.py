@@ -15,7 +15,7 @@ from headgrid.experiment.design import (
     default_arms,
     gathered_arms,
 )
-from headgrid.experiment.machine import Machine, look
+from headgrid.experiment.machine import Machine, ensure_devices, look
 from headgrid.experiment.text import identify
 from headgrid.layout.layout import parse_layout
 from headgrid.layout.legal import check
@@ -135,13 +135,7 @@ def _ranks(wishes: Wishes, machine: Machine) -> int:
                 legal=("--launches 1", "without the launcher"),
             )
     ranks = wishes.ranks or wishes.started_ranks or machine.num_devices
-    if machine.device == "cuda" and not machine.num_devices:
-        raise NotAvailable("there is no CUDA GPU on this host", legal=("--device cpu",))
-    if machine.device == "cuda" and wishes.started_ranks is None and ranks > machine.num_devices:
-        raise NotAvailable(
-            f"{ranks} ranks need {ranks} GPUs and there are {machine.num_devices}",
-            legal=(f"--ranks {machine.num_devices}", "--device cpu"),
-        )
+    ensure_devices(machine, ranks, started=wishes.started_ranks is not None)
     if ranks < 2:
         raise NotAvailable("a comparison of layouts needs at least 2 devices", legal=("--device cpu",))
     return ranks

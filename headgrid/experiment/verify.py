@@ -115,8 +115,8 @@ def compared(actual: Tensor, expected: Tensor, floors: Tensor, multiple: float) 
     error, noise = relative_error(actual, expected), floor_of(floors, expected)
     return {
         "tokens": actual[..., 0].numel(),
-        "relative_error": _finite(error),
-        "max_abs_error": _finite((actual.double() - expected).abs().max().item()),
+        "relative_error": finite(error),
+        "max_abs_error": finite((actual.double() - expected).abs().max().item()),
         "floor": noise,
         "bound": multiple * noise,
         "passed": error <= multiple * noise,
@@ -128,7 +128,8 @@ def floor_of(floors: Tensor, expected: Tensor) -> float:
     return max(relative_error(floor, expected) for floor in floors)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value, or None for what JSON cannot say."""
     return value if value == value and abs(value) != float("inf") else None
 
 
@@ -179,7 +180,7 @@ def judge(
         "whole": whole,
         "sequences": trace.tokens.shape[0],
         "greedy": greedy,
-        "loss_relative_error": _finite(abs(loss - expected) / expected),
+        "loss_relative_error": finite(abs(loss - expected) / expected),
         "reason": "; ".join(reasons) or None,
     }
 
@@ -189,7 +190,7 @@ def judge_control(trace: Trace, truth: Truth, dtype: str, ranks: int) -> dict[st
     verdict = judge(trace, truth, dtype, ranks, sensitive=True)
     error = relative_error(trace.logits, truth.reference)
     return {
-        "relative_error": _finite(error),
+        "relative_error": finite(error),
         "rejected": not all(phase["passed"] for phase in verdict["phases"].values()),
-        "sensitivity": _finite(error),
+        "sensitivity": finite(error),
     }

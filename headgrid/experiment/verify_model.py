@@ -20,6 +20,7 @@ from headgrid.experiment.verify import (
     allowed_multiple,
     channel_order,
     compared,
+    finite,
     judge,
     reordered,
 )
@@ -125,16 +126,22 @@ class Truths:
         back[..., places] = x
         return back
 
-    def per_layer(self) -> list[dict[str, float]]:
-        """Relative L2 error of the hidden states after each layer, and that of the plain model in the same dtype."""
+    def per_layer(self) -> list[dict[str, float | None]]:
+        """Relative L2 error of the hidden states after each layer, and that of the plain model in the same dtype.
+
+        Empty where hidden states were too large to be kept.
+        """
         sizes = self.layers[:, 2].sqrt()
-        errors = (self.layers[:, :2].sqrt() / sizes[:, None]).tolist()
-        return [{"layer": k, "relative_error": ours, "floor": floor} for k, (ours, floor) in enumerate(errors)]
+        errors = (self.layers[:, :2].sqrt() / sizes[:, None]).tolist() if sizes.any() else []
+        return [
+            {"layer": k, "relative_error": finite(ours), "floor": finite(floor)}
+            for k, (ours, floor) in enumerate(errors)
+        ]
 
     @property
-    def sensitivity(self) -> float:
-        """How far halved scores would move the logits."""
-        return (self.moved[0] / self.moved[1]).sqrt().item()
+    def sensitivity(self) -> float | None:
+        """How far halved scores would move the logits; None where that overflows."""
+        return finite((self.moved[0] / self.moved[1]).sqrt().item())
 
 
 def work(rank: int, ranks: int, payload: dict[str, Any], listener: Listener | None = None) -> None:
@@ -192,10 +199,10 @@ def _verdict(
     workload: Workload,
 ) -> dict[str, Any]:
     """The fields of the answer."""
-    memory, broken = _memory(model, engine, workload)
+    memory, unlike = _memory(model, engine, workload)
     everyone = gather_json(traffic, model.device)
     others = [phase for phase in traffic if not all(each[phase] for each in everyone)]
-    broken += [f"{phase} issues other collectives than predicted" for phase in others]
+    broken = unlike + [f"{phase} issues other collectives than predicted" for phase in others]
     if workload.every_token:
         judged = judge_states(trace, truth, workload, model.world.size, broken)
     else:
@@ -207,9 +214,10 @@ def _verdict(
         **{key: judged[key] for key in ("reason", "phases", "greedy")},
         "per_layer": truths.per_layer(),
         "collectives_as_predicted": not others,
+        "memory_as_predicted": not unlike,
         "memory_per_rank": memory,
         "sensitivity": truths.sensitivity,
-        "sensitive": truths.sensitivity > _SENSITIVE,
+        "sensitive": (truths.sensitivity or 0) > _SENSITIVE,
         "sequences": workload.batch,
     }
 

@@ -19,15 +19,14 @@ from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, legal_layouts
 from headgrid.layout.shards import Shard
 from headgrid.layout.span import Spans
-from headgrid.models.config import family_of, spec_from_config
+from headgrid.models.config import ModelConfig, family_of, spec_from_config
 from headgrid.models.driver import Driver
 from headgrid.models.families import Family
 from headgrid.models.names import Source, check_left_over, copies, sources
-from headgrid.models.safetensors import open_checkpoint
+from headgrid.models.pretrained import opened
 from headgrid.models.sharded_model import Sharded, ShardedCausalLM, ShardedEncoder
 from headgrid.models.stream import Progress
-from headgrid.models.stream import load as load_checkpoint
-from headgrid.runtime.layer import Weights, allocate, load
+from headgrid.runtime.layer import Weights, load
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.spec.model import ModelSpec
 
@@ -180,12 +179,9 @@ def _read(
     progress: Progress | None,
 ) -> Weights:
     """This rank's part of the weights of a checkpoint: all ranks read it together, each byte once."""
-    weights, views = allocate(model, mesh.layout, mesh.rank, dtype, device)
-    with open_checkpoint(folder) as stored:
-        found = sources(model, family, stored.tensors.keys())
-        check_left_over(family, found, stored.tensors.keys())
-        load_checkpoint(stored, found, model, mesh.layout, mesh.tp, views, progress)
-    return weights
+    pretrained = opened(folder, ModelConfig(model, family, None, ()))
+    with pretrained.checkpoint:
+        return pretrained.local(mesh.layout, mesh.tp, dtype, device, progress)
 
 
 def _replaced(model: PreTrainedModel, driver: Driver) -> PreTrainedModel:

@@ -14,14 +14,14 @@ from headgrid.layout.batching import replica_rows
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check
 from headgrid.layout.memory import cache_shape
-from headgrid.layout.shards import parameters, stacks
+from headgrid.layout.shards import parameters
 from headgrid.models import save as saving
 from headgrid.models.pretrained import Pretrained, open_pretrained
 from headgrid.models.stream import Progress
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.engine import Engine
-from headgrid.runtime.layer import Weights
+from headgrid.runtime.layer import Weights, by_name
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.runtime.sampling import Sampling
 from headgrid.spec.model import ModelSpec
@@ -173,11 +173,7 @@ class Model:
 
         Raises InvalidInput if the folder is in use, NotAvailable if the disk cannot take it.
         """
-        shards = parameters(self.spec, self.layout, self.world.index)
-        views: dict[str, Tensor] = {}
-        for stored, names in stacks(shards).items():
-            heights = [shards[name].local_shape[0] for name in names]
-            views |= zip(names, self.weights[stored].split(heights), strict=True)
+        views = by_name(parameters(self.spec, self.layout, self.world.index), self.weights)
         arguments = self.pretrained.sources, self.spec, self.layout, self.world, views, self.dtype
         saving.save(Path(folder), self.pretrained.folder, *arguments, progress)
 

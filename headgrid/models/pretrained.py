@@ -75,8 +75,12 @@ def open_pretrained(folder: Path | str) -> Pretrained:
 
     Raises InvalidInput, before any weight is read, for whatever is not a model that we compute exactly.
     """
-    folder = Path(folder)
-    config, checkpoint = read_spec(folder), open_checkpoint(folder)
+    return opened(Path(folder), read_spec(Path(folder)))
+
+
+def opened(folder: Path, config: ModelConfig) -> Pretrained:
+    """The checkpoint of a folder as that of a model whose config is known already. Raises as `open_pretrained`."""
+    checkpoint = open_checkpoint(folder)
     found = sources(config.spec, config.family, checkpoint.tensors)
     check_left_over(config.family, found, checkpoint.tensors)
     check_stored(checkpoint.tensors, stored_shapes(config.spec, found))
@@ -88,4 +92,6 @@ def find_spec(name: str) -> tuple[ModelSpec, Path | None]:
     folder = Path(name)
     if name in named_models() or not folder.exists():
         return find_model(name), None
-    return open_pretrained(folder).spec, folder
+    pretrained = open_pretrained(folder)
+    with pretrained.checkpoint:
+        return pretrained.spec, folder

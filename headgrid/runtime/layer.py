@@ -1,6 +1,5 @@
 """The local weights of a rank, and of these the weights of one layer."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headgrid.layout.layout import Layout
-from headgrid.layout.shards import parameters, stacks
+from headgrid.layout.shards import Shard, parameters, stacks
 from headgrid.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
@@ -38,16 +37,22 @@ def allocate(
     """Empty local weights of `rank` as they are stored, and views of them under the names of `parameters`."""
     shards = parameters(model, layout, rank)
     weights: Weights = {}
+    for stored, names in stacks(shards).items():
+        _, *rest = shards[names[0]].local_shape
+        height = sum(shards[name].local_shape[0] for name in names)
+        weights[stored] = torch.empty(height, *rest, dtype=dtype, device=device)
+    return weights, by_name(shards, weights)
+
+
+def by_name(shards: dict[str, Shard], weights: Weights) -> dict[str, Tensor]:
+    """Views of weights as they are stored, by the names of `shards`, which are those of `parameters`."""
     views: dict[str, Tensor] = {}
     for stored, names in stacks(shards).items():
-        heights, (_, *rest) = [shards[name].local_shape[0] for name in names], shards[names[0]].local_shape
-        weights[stored] = torch.empty(sum(heights), *rest, dtype=dtype, device=device)
-        stops = list(itertools.accumulate(heights))
-        views |= {  # not by split, whose parts may not be written in place where gradients are wanted
-            name: weights[stored][stop - height : stop]
-            for name, height, stop in zip(names, heights, stops, strict=True)
-        }
-    return weights, views
+        start = 0
+        for name in names:  # not by split, whose parts may not be written in place where gradients are wanted
+            stop = start + shards[name].local_shape[0]
+            views[name], start = weights[stored][start:stop], stop
+    return views
 
 
 def load(model: ModelSpec, layout: Layout, rank: int, get: Callable[..., Tensor]) -> Weights:

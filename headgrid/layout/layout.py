@@ -18,7 +18,9 @@ ResidualDtype = Literal["model", "fp32"]
 travel in the model's.
 """
 Communication = Literal["exposed", "overlapped"]
-"""Whether collectives of prefill are waited for at once, or another call computes until they are done."""
+"""Whether prefill waits for each collective at once, or lets another call compute until it is done. That takes two
+calls of different sequences; a call that is alone waits at once, and so does decode.
+"""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")

@@ -137,3 +137,33 @@ def test_what_torch_keeps_for_a_thread_holds_for_every_call() -> None:
         Turns((log.axis,), 2).run(jobs)
     Turns((log.axis,), 2).run(jobs)
     assert seen == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(("at_once", "takes"), [(1, 24), (2, 13)])
+def test_collectives_are_hidden_behind_compute(at_once: int, takes: int) -> None:
+    """Four calls compute three times for a tick, and after each a collective takes a tick: of these one is left, the
+    last, that has nothing beside it.
+    """
+    axis, now = Axis("tp", (0, 1), 0, None), 0
+
+    class Work:
+        def __init__(self) -> None:
+            self.done = now + 1
+
+        def wait(self) -> None:
+            nonlocal now
+            now = max(now, self.done)
+
+    def collective(*, async_op: bool = False) -> Work | None:
+        work = Work()
+        return work if async_op else work.wait()  # type: ignore[func-returns-value]
+
+    def compute() -> Tensor:
+        nonlocal now
+        for _ in range(3):
+            now += 1
+            axis._complete(collective)  # type: ignore[arg-type]
+        return torch.empty(0)
+
+    Turns((axis,), at_once).run([Job(k, compute, lambda _: None) for k in range(4)])
+    assert now == takes

@@ -24,7 +24,7 @@ from headgrid.runtime.collectives import Receipt
 from headgrid.runtime.exchange import Slices
 from headgrid.runtime.layer import Layer
 from headgrid.runtime.mesh import Mesh
-from headgrid.runtime.stage import Stage, StageCall, prefill_call
+from headgrid.runtime.stage import Hidden, Stage, StageCall, prefill_call
 from headgrid.runtime.turns import Job, Turns
 from headgrid.spec.workload import Workload
 
@@ -87,7 +87,9 @@ class GatheredPrefill:
         """A layer on the hidden states of all pieces, which are replaced."""
 
         def compute(k: int) -> Tensor:
-            return self.over_heads.apply(layer, index, parts[k], calls[k])
+            hidden = Hidden(parts[k])
+            self.over_heads.apply(layer, index, hidden, calls[k])
+            return self.over_heads.settled(hidden)
 
         jobs = (
             Job(call.micro_batch, partial(compute, k), partial(parts.__setitem__, k)) for k, call in enumerate(calls)

@@ -52,7 +52,8 @@ class CollectiveTimer:
             row = rows[f"{issued.kind}/{issued.axis}/{where}"]
             row["calls"] += 1
             row["bytes_per_rank"] += issued.bytes
-            row["time_s"] = None if issued.overlapped else row["time_s"] + seconds(start, end)
+            unknown = issued.overlapped or row["time_s"] is None
+            row["time_s"] = None if unknown else row["time_s"] + seconds(start, end)
         return dict(rows)
 
 

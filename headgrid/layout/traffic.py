@@ -247,7 +247,7 @@ def gathered_steps(model: ModelSpec, layout: Layout, workload: Workload, rank: i
     at, whole = layout.coordinates(rank), over_heads(layout)
     own, mine = head_shard(model, whole, at.head_group, 0), mb.parts[at.slice]
     found: list[Step] = []
-    for rows, positions in pieces(len(mine), workload):
+    for rows, positions in pieces(layout, len(mine), workload):
         piece = Call(MicroBatch((rows.shift(mine.start),)), positions)
         ending, e = len(piece.wanted(workload)), workload.element_bytes
         found.append(Step(model, whole, "tp_head", at.head_group, own, piece.micro_batch, positions, ending, 0, e))

@@ -106,6 +106,7 @@ def _check_layout(model: ModelSpec, layout: Layout, ranks: int) -> None:
         "pp > 1": layout.pp > 1,
         "dp > 1": layout.dp > 1,
         "gathered weights": layout.weights == "gathered",
+        "overlapped communication": layout.communication == "overlapped",
         "no exchange": layout.exchange == "independent",
     }
     for reason, holds in reasons.items():

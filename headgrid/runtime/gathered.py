@@ -10,6 +10,7 @@ weights, is paid once for all of them.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from headgrid.runtime.exchange import Slices
 from headgrid.runtime.layer import Layer
 from headgrid.runtime.mesh import Mesh
 from headgrid.runtime.stage import Hidden, Stage, StageCall, prefill_call
+from headgrid.runtime.turns import Job, Turns
 from headgrid.spec.workload import Workload
 
 
@@ -37,6 +39,8 @@ class GatheredPrefill:
             model, over_heads(layout), mesh.stage_over_heads, stage.weights, stage.cache, stage.owned, stage.positions
         )
         self.stages = (stage, self.over_heads)
+        self.turns = Turns((), layout.calls_at_once)
+        self._turns_in_layer = Turns((self.over_heads.mesh.tp,), layout.pieces_at_once)
         m, first = layout.num_dim_slices, mesh.at.head_group * layout.num_dim_slices
         owners = head_shards(model, layout)[first : first + m]
         # gathered channels stay in slice order, as the exchange `batch` caches them
@@ -47,12 +51,13 @@ class GatheredPrefill:
     def pieces(self, micro_batch: MicroBatch) -> list[StageCall]:
         """This slice's own sequences of a micro-batch, in the pieces in which a layer computes them."""
         mine, stage = micro_batch.parts[self.slice.index], self.stage
-        calls = [Call(MicroBatch((rows.shift(mine.start),)), span) for rows, span in pieces(len(mine), self.workload)]
+        several = pieces(stage.layout, len(mine), self.workload)
+        calls = [Call(MicroBatch((rows.shift(mine.start),)), span) for rows, span in several]
         return [prefill_call(stage.model, self.workload, call, stage.device) for call in calls]
 
     def hidden_tokens(self, call: Call) -> int:
         """Tokens of a call whose hidden states this rank holds: of its slice's sequences."""
-        sizes = pieces(len(call.micro_batch.parts[self.slice.index]), self.workload)
+        sizes = pieces(self.stage.layout, len(call.micro_batch.parts[self.slice.index]), self.workload)
         return sum(len(self.over_heads.residual.own(len(rows) * len(positions))) for rows, positions in sizes)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -72,15 +77,24 @@ class GatheredPrefill:
             layer = self._assemble(self.stage.layers[index], pending)
             if index + 1 < len(self.stage.layers):
                 pending = self._start(self.stage.layers[index + 1])
-            for k, piece in enumerate(calls):
-                hidden = Hidden(parts[k])
-                self.over_heads.apply(layer, index, hidden, piece)
-                parts[k] = self.over_heads.settled(hidden)
-                del hidden
+            self._apply(layer, index, parts, calls)
             del layer
         if self.stage.last:
             return self._logits(parts, calls, micro_batch)
         return torch.cat(parts) if torch.is_grad_enabled() else x
+
+    def _apply(self, layer: Layer, index: int, parts: list[Tensor], calls: list[StageCall]) -> None:
+        """A layer on the hidden states of all pieces, which are replaced."""
+
+        def compute(k: int) -> Tensor:
+            hidden = Hidden(parts[k])
+            self.over_heads.apply(layer, index, hidden, calls[k])
+            return self.over_heads.settled(hidden)
+
+        jobs = (
+            Job(call.micro_batch, partial(compute, k), partial(parts.__setitem__, k)) for k, call in enumerate(calls)
+        )
+        self._turns_in_layer.run(jobs)
 
     def _embed(self, tokens: Tensor, mine: Span, calls: list[StageCall]) -> Tensor:
         """This slice's sequences [b_j, s] -> hidden states; the group's part of the vocabulary is gathered for it."""

@@ -56,7 +56,9 @@ def run(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     """Every layout in turn; rank r leaves `<folder>/<k>.<r>.pt` for the k-th."""
     pool = GroupPool(rank)
     for k, text in enumerate(payload["layouts"]):
-        found = _generate(MODEL, text, pool) | _gradients(text, pool)
+        found = _generate(MODEL, text, pool)
+        if parse_layout(text).communication == "exposed":
+            found |= _gradients(text, pool)
         torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
 
 

@@ -14,7 +14,7 @@ from case import Case, prompts, upstream
 from corruption import run_corruptions
 from faults import inject
 from torch import Tensor
-from watch import Allocations, Flops
+from watch import Allocations, Flops, UnderWay
 
 from headgrid.experiment.observe import Settle
 from headgrid.layout.batching import Call, MicroBatch
@@ -188,7 +188,9 @@ def _written(part: Tensor) -> Tensor:
 def _generate(case: Case, engine: Engine, tokens: Tensor) -> dict[str, Any]:
     """Prefill, then greedy decode: steps that stay in flight across tokens, then one that goes on from there."""
     recorders, counters = (Recorder(), Recorder()), (Flops(), Flops())
-    with engine.mesh.observed(recorders[0]), counters[0]:
+    # gathered weights are always under way beside what the head groups reduce
+    under_way = UnderWay(("tp_head",) if case.layout.weights == "gathered" else ("tp", "tp_slice"))
+    with engine.mesh.observed(recorders[0]), engine.mesh.observed(under_way), counters[0]:
         engine.prefill(tokens)
     first, logits = engine.tokens.clone(), engine.logits.clone()
     _forget_padding(case, engine)
@@ -207,6 +209,7 @@ def _generate(case: Case, engine: Engine, tokens: Tensor) -> dict[str, Any]:
         "prefill_flops": counters[0].total,
         "decode_flops": counters[1].total,
         "buffer_bytes": recorders[0].largest_buffer_bytes,
+        "under_way": under_way.most,
         "weight_elements": sum(x.numel() for x in engine.stage.weights.values()),
         "cache_bytes": cache.size_bytes,
         "written": [_written(part) for part in (cache.keys, cache.values)],

@@ -17,6 +17,10 @@ ResidualDtype = Literal["model", "fp32"]
 """The dtype in which hidden states are kept and added up, and passed from stage to stage; the sums within a layer
 travel in the model's.
 """
+Linears = Literal["model", "fp8"]
+"""What the products with W_Q, W_K, W_V, W_O and the MLP's matrices run in: the model's dtype, or FP8 (e4m3, one scale
+for each token and one for each output row). All else stays in the model's dtype.
+"""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")
@@ -62,6 +66,7 @@ class Layout:
     weights: WeightMode = "stationary"
     residual: Residual = "replicated"
     residual_dtype: ResidualDtype = "model"
+    linears: Linears = "model"
 
     def __post_init__(self) -> None:
         """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
@@ -135,7 +140,7 @@ class Layout:
         degrees += "".join(f"{axis}{size}" for axis, size in (("pp", self.pp), ("dp", self.dp)) if size > 1)
         options = [self.exchange] * (m > 1) + [self.output] * (self.output != "reduce")
         options += [self.weights] * (self.weights != "stationary") + [self.residual] * (self.residual != "replicated")
-        options += [self.residual_dtype] * (self.residual_dtype != "model")
+        options += [self.residual_dtype] * (self.residual_dtype != "model") + [self.linears] * (self.linears != "model")
         return degrees + (":" + "+".join(options) if options else "")
 
 
@@ -154,12 +159,13 @@ def parse_layout(text: str) -> Layout:
     known = {name: "exchange" for name in get_args(Exchange) if name != "none"}
     known |= {name: "output" for name in OUTPUTS} | {name: "weights" for name in WEIGHT_MODES}
     known |= {name: "residual" for name in RESIDUALS} | {name: "residual_dtype" for name in RESIDUAL_DTYPES}
+    known |= {"fp8": "linears"}  # "model" says what hidden states are kept in
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
             raise InvalidLayout(
                 f"{option!r} in {text!r} is not an option, or is one too many",
-                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES, *RESIDUALS, *RESIDUAL_DTYPES),
+                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES, *RESIDUALS, "fp32", "fp8"),
             )
         chosen[known[option]] = option
     return Layout(

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from watch import Allocations
 
 from headgrid.experiment.observe import Settle
 from headgrid.layout.layout import Layout, parse_layout
@@ -98,19 +99,22 @@ def _wrong(fault: str) -> Iterator[None]:
         yield
 
 
-def _engine(one: Run, pool: GroupPool) -> Engine:
+def _engine(one: Run, pool: GroupPool) -> tuple[Engine, int]:
+    """The engine, and the elements of the largest tensor that came to be while its weights were loaded."""
     model, layout, workload, dtype = one.spec, parse_layout(one.layout), one.workload, getattr(torch, one.dtype)
     mesh = Mesh(layout, pool)
-    weights = load(model, layout, pool.rank, partial(weight, one), mesh.tp)
+    with Allocations() as watch:
+        weights = load(model, layout, pool.rank, partial(weight, one), mesh.tp)
     if one.fault == "scales of other rows":
         for name in weights:
             weights[name] = weights[name].roll(1) if name.endswith("mlp.down.scale") else weights[name]
     elements = cache_shape(model, layout, workload, pool.rank).elements
-    return Engine(model, layout, workload, mesh, weights, new_arena(elements, dtype, torch.device("cpu")))
+    arena = new_arena(elements, dtype, torch.device("cpu"))
+    return Engine(model, layout, workload, mesh, weights, arena), watch.largest
 
 
 def _outcome(one: Run, pool: GroupPool) -> dict[str, Any]:
-    engine, tokens, recorders = _engine(one, pool), prompts(one), (Recorder(), Recorder())
+    (engine, largest), tokens, recorders = _engine(one, pool), prompts(one), (Recorder(), Recorder())
     args = one.spec, engine.layout, one.workload, pool.rank
     with engine.mesh.observed(recorders[0]), engine.mesh.observed(Settle()), LiveBytes() as live:
         engine.prefill(tokens)
@@ -127,6 +131,7 @@ def _outcome(one: Run, pool: GroupPool) -> dict[str, Any]:
         "as_predicted": [_issued(r) == p for r, p in zip(recorders, predicted, strict=True)],
         "gathered_bytes": sum(call.bytes for call in recorders[0].issued if call.axis == "tp_slice"),
         "weights": dict(engine.stage.weights),
+        "largest": largest,
         "measured": {
             "parameters_bytes": sum(x.numel() * x.element_size() for x in engine.stage.weights.values()),
             "kv_cache_bytes": engine.cache.size_bytes,

@@ -115,6 +115,13 @@ def test_stored_bits_are_those_of_the_whole_matrix(one: Run, outcomes: dict[Run,
     assert kinds == {getattr(torch, one.dtype), torch.float8_e4m3fn, torch.float32}
 
 
+@pytest.mark.parametrize("one", RIGHT, ids=str)
+def test_no_rank_holds_more_than_its_part_while_it_rounds(one: Run, outcomes: dict[Run, Outcomes]) -> None:
+    for outcome in outcomes[one]:
+        stored = max(x.numel() for x in outcome["weights"].values())
+        assert outcome["largest"] == stored < whole_weight(one, "layers.0.mlp.down.weight").numel()
+
+
 def test_scales_of_a_rank_s_own_part_are_other_bits(outcomes: dict[Run, Outcomes]) -> None:
     """Though the model hardly differs: its error could not tell."""
     one = CONTROLS["own scales"]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headgrid.errors import InvalidLayout
+from headgrid.errors import InvalidLayout, NotAvailable
+from headgrid.experiment import fp8
 from headgrid.experiment.accuracy import SINGLE_DEVICE, with_fp8
 from headgrid.experiment.verify import compared
 from headgrid.layout.layout import Layout, parse_layout
@@ -237,3 +238,18 @@ def test_a_verdict_states_both_floors() -> None:
     assert found["unquantised_floor"] == pytest.approx(found["floor"] / 100)
     assert "unquantised_floor" not in compared(truth, truth, floors[None], 1.5)
     assert not compared(truth + 0.2, truth, floors[None], 1.5, unquantised[None])["passed"]
+
+
+def test_gpus_without_fp8_products_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(9, 0), (8, 0)]
+    monkeypatch.setattr(fp8, "compute_capabilities", lambda: found)
+    layouts = [parse_layout("tp2"), parse_layout("tp2:fp8")]
+    with pytest.raises(NotAvailable, match="no FP8 products") as caught:
+        fp8.ensure(SEED, layouts, "cuda")
+    assert "8.0" in caught.value.numbers
+    fp8.ensure(SEED, layouts[:1], "cuda")
+    fp8.ensure(SEED, layouts, "cpu")
+    found[1] = (8, 9)
+    fp8.ensure(SEED, layouts, "cuda")
+    with pytest.raises(InvalidLayout, match="multiples of 16"):
+        fp8.ensure(SEED, [parse_layout("n1m3:batch+fp8")], "cuda")

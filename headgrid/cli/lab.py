@@ -124,9 +124,12 @@ def _interval(figure: dict[str, Any] | None, scale: float, digits: int) -> str:
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
+    from headgrid.report.naming import names
+
+    called = names(summary, "\n")
     rows = [
         (
-            arm["label"],
+            called[arm["label"]],
             "yes" if arm["verified"] else "NO",
             f"{arm['relative_error']:.2g}" if arm["relative_error"] is not None else "unknown",
             _interval(arm["prefill_tokens_per_s"], 1, 0),
@@ -139,7 +142,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     print_table(console, f"{summary['device']}: arms", columns, rows)
     baseline = next(arm["label"] for arm in summary["arms"] if arm["role"] == "baseline")
     pairs = [
-        (row["a"], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
+        (called[row["a"]], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
         for row in summary["comparisons"]
         if row["b"] == baseline
     ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headgrid.errors import InvalidInput, NotAvailable
-from headgrid.experiment import budget
+from headgrid.experiment import budget, fp8
 from headgrid.experiment.design import (
     SEED_PROTOCOL,
     Design,
@@ -96,6 +96,7 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
     layouts = list(dict.fromkeys(map(parse_layout, arms)))
     for layout in (*layouts, parse_layout(control_layout(model, ranks))):
         check(model, layout, workload, ranks)
+    fp8.ensure(model, layouts, machine.device)
     if wishes.batch is None:
         fits = budget.largest_batch(model, layouts, workload, machine.device, machine.free_bytes, workload.batch)
         if 0 < fits < workload.batch:
@@ -119,6 +120,7 @@ def recheck(design: Design) -> None:
     """Raise what `make` would raise if a resumed design does not fit this machine, before any process starts."""
     machine = look(design.ranks, design.device)
     _ranks(Wishes(ranks=design.ranks), machine)
+    fp8.ensure(design.model, design.layouts, design.device)
     budget.ensure_fits(design.model, design.layouts, design.workload, design.device, machine.free_bytes)
 
 

@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from headgrid.experiment import cautions
+from headgrid.experiment.accuracy import with_fp8
 from headgrid.experiment.records import (
     MIN_LAUNCHES,
     BlockKey,
@@ -312,7 +313,7 @@ def summarise(design: Mapping[str, Any], records: Sequence[Record]) -> dict[str,
         "schema": 1,
         "run": None,
         "device": design["device"],
-        "arms": [_arm(design, records, arm) for arm in design["arms"]],
+        "arms": with_fp8([_arm(design, records, arm) for arm in design["arms"]]),
         "comparisons": _comparisons(design, records),
         "negative_control_rejected": control and control["rejected"],
         "control": control,

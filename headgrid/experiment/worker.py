@@ -20,9 +20,9 @@ from headgrid.experiment.design import SENSITIVE, Arm, Design, from_dict, rows_t
 from headgrid.experiment.journal import Journal
 from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
 from headgrid.experiment.text import read_identified, token_rows
-from headgrid.experiment.verify import Oracle, Trace, judge, judge_control
+from headgrid.experiment.verify import Oracle, Trace, Truth, judge, judge_control
 from headgrid.experiment.weights import weights_of
-from headgrid.layout.layout import Layout, parse_layout
+from headgrid.layout.layout import Layout, Linears, parse_layout
 from headgrid.layout.memory import cache_shape, predict
 from headgrid.layout.traffic import decode_collectives, layer_collectives, prefill_collectives
 from headgrid.runtime.cache import new_arena
@@ -108,11 +108,15 @@ class Launch:
                     all_tokens[n] = tokens[:, row - engine.rows.start]
         return Trace(self.share(all_logits), self.share(all_tokens))
 
-    def judged(self, engine: Engine) -> tuple[Trace, Any]:
+    def judged(self, engine: Engine) -> tuple[Trace, Truth]:
         """The arm's trace and the reference's logits for the same tokens; sequences are divided among ranks."""
         trace = self.trace(engine)
+        return trace, self.truth(trace, engine.layout.linears)
+
+    def truth(self, trace: Trace, linears: Linears) -> Truth:
+        """The reference's logits for the tokens of a trace, and the floor of a device with such linears."""
         mine = range(self.rank, len(self.verified_rows), self.design.ranks)
-        return trace, self.oracle.truth(trace.tokens, list(mine), self.share)
+        return self.oracle.truth(trace.tokens, list(mine), self.share, linears)
 
 
 def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
@@ -152,12 +156,17 @@ def _turns(launch: Launch, done: list[int]) -> Iterator[tuple[int, Arm]]:
 
 
 def _run_control(launch: Launch) -> bool:
-    """Run the softmax-per-slice control. True if it moves the logits enough for verification to mean something."""
-    design = launch.design
-    trace, truth = launch.judged(launch.engine(parse_layout(design.control)))
-    verdict = judge_control(trace, truth, design.workload.dtype, design.ranks)
-    launch.record("control", layout=design.control, **verdict)
-    return verdict["rejected"] and verdict["sensitivity"] is not None and verdict["sensitivity"] > SENSITIVE
+    """Run the softmax-per-slice control, which the floor of each kind of linears that an arm has must reject. True if
+    it moves the logits enough for verification to mean something.
+    """
+    design, proven = launch.design, True
+    trace = launch.trace(launch.engine(parse_layout(design.control)))
+    kinds: set[Linears] = {"model", *(layout.linears for layout in design.layouts)}
+    for linears in sorted(kinds, reverse=True):
+        verdict = judge_control(trace, launch.truth(trace, linears), design.workload.dtype, design.ranks)
+        launch.record("control", layout=design.control, linears=linears, **verdict)
+        proven &= verdict["rejected"] and (verdict["sensitivity"] or 0) > SENSITIVE
+    return proven
 
 
 def _examine(launch: Launch, engine: Engine, sensitive: bool) -> bool:

@@ -118,7 +118,7 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
     at, e = layout.coordinates(rank), workload.element_bytes
     shapes = _gathered_shapes(model, layout, workload, rank, mb)
     hidden, starts = sum(shape.hidden_bytes for shape in shapes), sum(shape.rows for shape in shapes) * INDEX_BYTES
-    parts = {name: [size * e for size in sizes] for name, sizes in gathered_weights(model, layout, rank).items()}
+    parts = {name: list(sizes) for name, sizes in gathered_weights(model, layout, rank, e).items()}
     layer, under_way = sum(map(sum, parts.values())), sum(gathered(sizes, at.slice) for sizes in parts.values())
     spans, layers = _windows(model, layout, rank), stage_layers(model, layout)[at.pp]
     most_of = {shape: steps_bytes(shape, spans) for shape in set(shapes)}
@@ -142,7 +142,7 @@ def _assembling_bytes(parts: dict[str, list[int]], index: int, *, gated_mlp: boo
     has no gate.
     """
     held, most = sum(gathered(sizes, index) for sizes in parts.values()), 0
-    copied = ("qkv", "qkv bias", "o", "down", *(("up", "up bias") if gated_mlp else ()))
+    copied = ("qkv", "qkv scale", "qkv bias", "o", "down", *(("up", "up scale", "up bias") if gated_mlp else ()))
     for name, sizes in parts.items():
         most = max(most, held)
         held -= gathered(sizes, index) - sum(sizes)
@@ -227,7 +227,7 @@ def _of_layers(shape: Shape) -> Iterator[int]:
 def _of_weights(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> Iterator[int]:
     """Bytes that arrive where weights are gathered: these, the vocabulary and last tokens."""
     at, m, e = layout.coordinates(rank), layout.num_dim_slices, workload.element_bytes
-    yield from (sum(sizes) * e for sizes in gathered_weights(model, layout, rank).values())
+    yield from map(sum, gathered_weights(model, layout, rank, e).values())
     if at.pp == 0:
         vocab = balanced(model.vocab_size, layout.tp)[at.head_group * m : (at.head_group + 1) * m]
         yield total(vocab) * model.hidden_size * e

@@ -21,6 +21,10 @@ Communication = Literal["exposed", "overlapped"]
 """Whether prefill waits for each collective at once, or lets another call compute until it is done. That takes two
 calls of different sequences; a call that is alone waits at once, and so does decode.
 """
+Linears = Literal["model", "fp8"]
+"""What the products with W_Q, W_K, W_V, W_O and the MLP's matrices run in: the model's dtype, or FP8 (e4m3, one scale
+for each token and one for each output row). All else stays in the model's dtype.
+"""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")
@@ -68,6 +72,7 @@ class Layout:
     residual: Residual = "replicated"
     residual_dtype: ResidualDtype = "model"
     communication: Communication = "exposed"
+    linears: Linears = "model"
 
     def __post_init__(self) -> None:
         """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
@@ -160,7 +165,7 @@ class Layout:
         options = [self.exchange] * (m > 1) + [self.output] * (self.output != "reduce")
         options += [self.weights] * (self.weights != "stationary") + [self.residual] * (self.residual != "replicated")
         options += [self.residual_dtype] * (self.residual_dtype != "model")
-        options += [self.communication] * (self.communication != "exposed")
+        options += [self.communication] * (self.communication != "exposed") + [self.linears] * (self.linears != "model")
         return degrees + (":" + "+".join(options) if options else "")
 
 
@@ -180,12 +185,13 @@ def parse_layout(text: str) -> Layout:
     known |= {name: "output" for name in OUTPUTS} | {name: "weights" for name in WEIGHT_MODES}
     known |= {name: "residual" for name in RESIDUALS} | {name: "residual_dtype" for name in RESIDUAL_DTYPES}
     known |= {name: "communication" for name in COMMUNICATIONS}
+    known |= {"fp8": "linears"}  # "model" says what hidden states are kept in
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
             raise InvalidLayout(
                 f"{option!r} in {text!r} is not an option, or is one too many",
-                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES, *RESIDUALS, *RESIDUAL_DTYPES, *COMMUNICATIONS),
+                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES, *RESIDUALS, "fp32", *COMMUNICATIONS, "fp8"),
             )
         chosen[known[option]] = option
     return Layout(

@@ -106,6 +106,12 @@ def check_training(model: ModelSpec, layout: Layout, workload: Workload, ranks: 
             why="calls take turns in prefill only; backward runs each collective's counterpart by itself",
             legal=(str(replace(layout, communication="exposed")),),
         )
+    if layout.linears != "model":
+        raise InvalidLayout(
+            f"{layout}: there are no gradients of FP8 linears",
+            why="rounding to FP8 has no useful derivative, and rounded weights cannot be updated",
+            legal=(str(replace(layout, linears="model")),),
+        )
     if workload.chunk_positions:
         raise InvalidLayout(
             "training takes whole sequences",
@@ -137,8 +143,8 @@ def _all(ranks: int) -> Iterator[Layout]:
 
 
 def _choices(n: int, m: int) -> Iterator[dict[str, Any]]:
-    """Exchange, output, weights and residual that go together on an n x m grid, each with its hidden states' dtype
-    left as the model's.
+    """Exchange, output, weights and residual that go together on an n x m grid, each with its hidden states and its
+    linears left in the model's dtype.
     """
     for exchange in EXCHANGES if m > 1 else ("none",):
         yield {"exchange": exchange}
@@ -153,7 +159,8 @@ def _choices(n: int, m: int) -> Iterator[dict[str, Any]]:
 def legal_layouts(model: ModelSpec, ranks: int) -> tuple[Layout, ...]:
     """Every layout of the family on exactly `ranks` devices: n x m first, then with stages, then with replicas.
 
-    Each may also keep its hidden states in fp32, and each whose ranks share the work on a token may overlap it.
+    Each may also keep its hidden states in fp32 and run its linears in FP8, and each whose ranks share the work on a
+    token may overlap it.
     """
     legal = [layout for layout in _all(ranks) if is_legal(model, layout)]
     order = {lay: (lay.output != "reduce", lay.residual != "replicated", lay.dp * lay.pp, lay.dp) for lay in legal}

@@ -25,10 +25,11 @@ from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.hidden import Hidden
 from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.runtime.meter import LiveBytes
-from headgrid.runtime.stage import Hidden, StageCall, prefill_call
+from headgrid.runtime.stage import StageCall, prefill_call
 from headgrid.runtime.weights import draw, whole
 
 POLL_SECONDS = 0.001

@@ -136,8 +136,11 @@ def pieces(layout: Layout, rows: int, workload: Workload) -> tuple[tuple[Span, S
 
 
 def decode_micro_batches(layout: Layout, workload: Workload, replica: int) -> tuple[MicroBatch, ...]:
-    """One micro-batch for each pipeline stage, so that all stages work at the same time."""
-    return _micro_batches(layout, replica_rows(layout, workload.batch)[replica], layout.pp)
+    """One micro-batch for each pipeline stage, so that all stages work at the same time; all in one where the pipeline
+    is drained after each token.
+    """
+    count = 1 if layout.decode == "drained" else layout.pp
+    return _micro_batches(layout, replica_rows(layout, workload.batch)[replica], count)
 
 
 def query_share(queries: int, num_slices: int, slice_index: int) -> Spans:

@@ -25,6 +25,10 @@ Linears = Literal["model", "fp8"]
 """What the products with W_Q, W_K, W_V, W_O and the MLP's matrices run in: the model's dtype, or FP8 (e4m3, one scale
 for each token and one for each output row). All else stays in the model's dtype.
 """
+Decode = Literal["in_flight", "drained"]
+"""Whether the stages of a pipeline decode a micro-batch each at the same time, or the whole batch passes one after the
+other, and the pipeline is empty between two tokens.
+"""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")
@@ -73,6 +77,7 @@ class Layout:
     residual_dtype: ResidualDtype = "model"
     communication: Communication = "exposed"
     linears: Linears = "model"
+    decode: Decode = "in_flight"
 
     def __post_init__(self) -> None:
         """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
@@ -109,6 +114,11 @@ class Layout:
                 f"{exposed} has no communication that could be overlapped",
                 why="no ranks share the work on a token; weights and messages between stages travel ahead as it is",
                 legal=(str(exposed),),
+            )
+        if self.decode == "drained" and self.pp == 1:
+            raise InvalidLayout(
+                f"{replace(self, decode='in_flight')} has no pipeline that could be drained",
+                legal=(str(replace(self, decode="in_flight")), "tp2pp2:drained"),
             )
 
     @property
@@ -166,6 +176,7 @@ class Layout:
         options += [self.weights] * (self.weights != "stationary") + [self.residual] * (self.residual != "replicated")
         options += [self.residual_dtype] * (self.residual_dtype != "model")
         options += [self.communication] * (self.communication != "exposed") + [self.linears] * (self.linears != "model")
+        options += [self.decode] * (self.decode != "in_flight")
         return degrees + (":" + "+".join(options) if options else "")
 
 
@@ -185,13 +196,13 @@ def parse_layout(text: str) -> Layout:
     known |= {name: "output" for name in OUTPUTS} | {name: "weights" for name in WEIGHT_MODES}
     known |= {name: "residual" for name in RESIDUALS} | {name: "residual_dtype" for name in RESIDUAL_DTYPES}
     known |= {name: "communication" for name in COMMUNICATIONS}
-    known |= {"fp8": "linears"}  # "model" says what hidden states are kept in
+    known |= {"fp8": "linears", "drained": "decode"}  # "model" says what hidden states are kept in
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
             raise InvalidLayout(
                 f"{option!r} in {text!r} is not an option, or is one too many",
-                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES, *RESIDUALS, "fp32", *COMMUNICATIONS, "fp8"),
+                legal=(*EXCHANGES, "concat", "gathered", "sharded", "fp32", "overlapped", "fp8", "drained"),
             )
         chosen[known[option]] = option
     return Layout(

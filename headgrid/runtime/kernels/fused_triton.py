@@ -7,8 +7,8 @@ import triton.language as tl
 @triton.jit
 def in_fp8(x, tiny):
     """A row x in fp32 as e4m3, in fp32 still, and its scale: max|x| / 448, or `tiny` for a row of nearly zeros."""
-    scale = tl.maximum(tl.max(tl.abs(x)) / 448.0, tiny)
-    x = tl.minimum(x / scale, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x)), 448.0), tiny)
+    x = tl.minimum(tl.div_rn(x, tl.full(x.shape, 1.0, tl.float32) * scale), 448.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.maximum(x, -448.0, propagate_nan=tl.PropagateNan.ALL), scale
 
 

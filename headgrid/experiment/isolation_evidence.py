@@ -99,6 +99,8 @@ class Evidence:
             return "no telemetry was sampled"
         if not self.windows:
             return "the journal's blocks have no start times"
+        if check.device == "cuda" and not self.gpu_rows:
+            return "no GPU could be sampled"
         missing = self.telemetry.sessions[-1].missing
         lacking = [f"{name}: {missing[name]}" for name in check.counters if name in missing]
         return "; ".join(lacking) or (check.unless(self) if check.unless else None)
@@ -108,8 +110,9 @@ class Evidence:
 class Check:
     """One or more codes that one function finds.
 
-    `counters` are those without which it cannot look; `telemetry`: whether it needs samples at all; `device`: the only
-    kind of run that it concerns; `unless` says why it does not apply to some evidence.
+    `counters` are those without which it cannot look, or other names that the sampler gives as missing; `telemetry`:
+    whether it needs samples at all; `device`: the only kind of run that it concerns; `unless` says why it does not apply
+    to some evidence.
     """
 
     codes: Mapping[str, str]

@@ -189,6 +189,10 @@ def _xids(evidence: Evidence) -> Iterator[Finding]:
     for event in evidence.telemetry.events("xid"):
         if event["gpu"] in used:
             yield from _at_launch(evidence, "GPU_XID", event["time_s"], f"{event['gpu']} reported Xid {event['xid']}")
+
+
+def _lost(evidence: Evidence) -> Iterator[Finding]:
+    assert evidence.telemetry is not None
     for event in evidence.telemetry.events("lost"):
         if event["gpu_index"] in evidence.gpus:
             text = f"the driver lost GPU {event['gpu_index']}"
@@ -225,7 +229,12 @@ CHECKS = (
         ("throttle_reasons",),
         device="cuda",
     ),
-    Check({"GPU_FOREIGN_PROCESS": "other processes computed on a rank's GPU"}, _foreign_processes, device="cuda"),
+    Check(
+        {"GPU_FOREIGN_PROCESS": "other processes computed on a rank's GPU"},
+        _foreign_processes,
+        ("gpu_processes",),
+        device="cuda",
+    ),
     Check(
         {"GPU_MEMORY_TAKEN": "memory was in use before"},
         _memory_taken,
@@ -239,7 +248,8 @@ CHECKS = (
     ),
     Check({"GPU_CLOCKS_UNSETTLED": "clocks were still settling"}, _clocks_unsettled, ("sm_clock_mhz",), device="cuda"),
     Check({"GPU_TEMPERATURE_DRIFT": "a GPU was not yet warm"}, _temperature_drift, ("temperature_c",), device="cuda"),
-    Check({"GPU_XID": "a critical driver error", "GPU_LOST": "a GPU disappeared"}, _xids, device="cuda"),
+    Check({"GPU_XID": "a critical driver error"}, _xids, ("xid_events",), device="cuda"),
+    Check({"GPU_LOST": "a GPU disappeared"}, _lost, device="cuda"),
     Check(
         {
             "GPU_MIXED": "GPUs are not alike",

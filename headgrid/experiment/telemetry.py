@@ -8,6 +8,7 @@ place.
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ FILE = "telemetry.jsonl"
 DEFAULT_HZ = 10.0
 MAX_HZ = 50.0
 """Above this the sampler would itself be a load: a GPM sample takes in the order of a millisecond."""
-STOP_TIMEOUT_S = 5.0
+START_TIMEOUT_S, STOP_TIMEOUT_S = 10.0, 5.0
 
 Place = Literal["gpu", "core", "host", "process"]
 Kind = Literal["gauge", "interval", "total", "bits"]
@@ -137,7 +138,11 @@ class Sampler:
     """The side process, as the command that started it sees it."""
 
     def __init__(self, path: Path, hz: float, *, gpus: bool) -> None:
-        """Start sampling to `path`, `hz` times a second, with GPUs if `gpus`. Does not wait for the first sample."""
+        """Start sampling to `path`, `hz` times a second, with GPUs if `gpus`, and wait for the first sample.
+
+        What was there before the ranks is known only from a sample before them. Without one within START_TIMEOUT_S
+        the run goes on, and its summary says what was not checked.
+        """
         self._path, self._followed = path, ()
         options = {"path": str(path), "hz": hz, "gpus": gpus, "parent": os.getpid(), "sys_path": sys.path}
         # By -c with this process's own search path: -m would look in the working folder first, where anything may lie.
@@ -148,10 +153,12 @@ class Sampler:
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(options)],
             stdin=subprocess.PIPE,  # its end, however it comes, ends the sampler
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C goes to the terminal's group: the command decides, then the sampler ends
         )
+        assert self._process.stdout is not None
+        select.select([self._process.stdout], [], [], START_TIMEOUT_S)
 
     @property
     def pid(self) -> int:
@@ -160,7 +167,7 @@ class Sampler:
 
     def follow(self, pids: Iterable[int]) -> None:
         """Say which processes are the ranks; their load is ours, and any other is foreign."""
-        chosen = tuple(pids)
+        chosen = tuple(sorted(pids))
         if chosen == self._followed or not chosen or self._process.stdin is None:
             return
         with suppress(OSError):  # it has ended: `stop` says so in its file

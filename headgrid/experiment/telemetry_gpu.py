@@ -120,8 +120,10 @@ class Gpus:
             found |= _unanswered_fields(handle) | self._gpm[index].unanswered()
             if not _active_links(handle):
                 found |= dict.fromkeys(NVLINK, "no NVLink is active")
+            if reason := _refusal(pynvml.nvmlDeviceGetComputeRunningProcesses, handle):
+                found["gpu_processes"] = reason
             missing |= {name: f"GPU {index}: {reason}" for name, reason in found.items() if name not in missing}
-        return missing
+        return missing | ({} if self._xids is not None else {"xid_events": "this driver reports no Xid events"})
 
 
 class _Gpm:

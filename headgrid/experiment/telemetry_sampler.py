@@ -76,14 +76,16 @@ class _Loop:
     def run(self) -> str:
         """Sample until there is a reason to end, and return it."""
         due_s = time.monotonic()
+        self._sample()
+        os.write(1, b"\n")  # the command waits for this before it starts ranks
         while True:
             if os.getppid() != self._parent:
                 return "the command that started the sampler is gone"
-            self._sample()
             due_s = max(due_s + self._period_s, time.monotonic())
             while (wait_s := due_s - time.monotonic()) > 0:
                 if select.select([0], [], [], wait_s)[0] and not self._listen():
                     return "the run ended"
+            self._sample()
 
     def _listen(self) -> bool:
         """Take what the command says; False once it has closed the pipe."""

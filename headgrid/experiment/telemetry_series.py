@@ -126,10 +126,10 @@ def values_of(sample: Mapping[str, Any], name: str) -> dict[int, float] | None:
 
 
 def rank_gpus(telemetry: Telemetry, records: Sequence[Record]) -> list[int]:
-    """Indices of the GPUs that ranks ran on; all that were sampled if no launch names its devices."""
+    """Indices of the GPUs that ranks ran on; all that were sampled if no launch names one of them."""
     used = {uuid for record in of_kind(records, "launch") for uuid in record.get("device_uuids") or [] if uuid}
     rows = telemetry.sessions[-1].start["gpus"] if telemetry.sessions else []
-    return [row["index"] for row in rows if not used or row["uuid"] in used]
+    return [row["index"] for row in rows if row["uuid"] in used] or [row["index"] for row in rows]
 
 
 def rank_pids(records: Sequence[Record]) -> dict[int, int]:

@@ -273,6 +273,14 @@ def test_a_gpu_that_no_rank_used_contaminates_nothing() -> None:
     assert "GPU_THERMAL_SLOWDOWN" not in found(judged(run)) and "GPU_MIXED" not in found(judged(run))
 
 
+def test_a_gpu_run_whose_gpus_could_not_be_sampled_is_not_called_checked() -> None:
+    run = Run()
+    run.lines[0]["gpus"] = []
+    reasons = {row["code"]: row["why"] for row in judged(run)["unchecked"]}
+    assert {code for check in CHECKS if check.device == "cuda" for code in check.codes} == set(reasons)
+    assert set(reasons.values()) == {"no GPU could be sampled"}
+
+
 def test_process_ids_of_another_namespace_are_counted_not_compared() -> None:
     run = Run()
     samples = [s for s in run.lines if s.get("gpu_processes")]

@@ -387,6 +387,7 @@ def test_gpu_counters_have_units_and_what_does_not_answer_is_no_zero(monkeypatch
         "dram_bandwidth_percent": "GPU 0: GPM metric 10 does not answer",
         "tensor_active_percent": "GPU 0: GPM metric 5 does not answer",  # it answered with NaN
         "memory_temperature_c": f"GPU 0: NVML field {pynvml.NVML_FI_DEV_MEMORY_TEMP} does not answer",
+        "xid_events": "this driver reports no Xid events",
     }
     sample = gpus.sample(["fast", "slow", "rare"])
     gpu = {name for name, counter in COUNTERS.items() if counter.place == "gpu"}
@@ -403,6 +404,10 @@ def test_a_gpu_without_links_has_no_link_counters_and_a_lost_one_no_values(monke
     driver = FakeDriver(monkeypatch, links=0)
     gpus = telemetry_gpu.Gpus()
     assert gpus.missing["nvlink_tx_bytes_per_s"] == "GPU 0: no NVLink is active"
+    run = Run()
+    run.lines[0]["missing"] = {"xid_events": gpus.missing["xid_events"]}
+    unchecked = judge(run.design, run.records, run.telemetry)["unchecked"]
+    assert unchecked == [{"code": "GPU_XID", "why": "xid_events: this driver reports no Xid events"}]
     driver.lost = True
     assert gpus.sample(["fast"])["power_w"] == [None] and gpus.lost == {0}
     assert gpus.sample(["fast"])["sm_clock_mhz"] == [None]

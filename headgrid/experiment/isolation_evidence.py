@@ -111,8 +111,8 @@ class Check:
     """One or more codes that one function finds.
 
     `counters` are those without which it cannot look, or other names that the sampler gives as missing; `telemetry`:
-    whether it needs samples at all; `device`: the only kind of run that it concerns; `unless` says why it does not apply
-    to some evidence.
+    whether it needs samples at all; `device`: the only kind of run that it concerns; `unless` says why it does not
+    apply to some evidence.
     """
 
     codes: Mapping[str, str]

@@ -221,7 +221,7 @@ def test_each_code_fires_where_it_was_injected_and_no_other_does(code: str) -> N
 def test_random_contaminations_are_never_called_clean(budget: Callable[[int, int], int]) -> None:
     draw = random.Random(7)
     local = [code for code, (_, severity, own) in INJECTIONS.items() if own and severity != "INFO"]
-    for number in range(budget(60, 200)):
+    for number in range(budget(40, 200)):
         run = Run(seed=number, blocks=5)
         arm, block = draw.choice(["tp2pp2", "tp2pp2 (A/A)", "n2m2:batch"]), draw.randrange(5)
         record = run.block(block, arm)
@@ -232,7 +232,7 @@ def test_random_contaminations_are_never_called_clean(budget: Callable[[int, int
 
 
 def test_false_alarms_are_rare_on_clean_runs(budget: Callable[[int, int], int]) -> None:
-    runs = budget(30, 1000)
+    runs = budget(20, 1000)
     alarmed = [seed for seed in range(runs) if judged(Run(seed=seed, blocks=12))["flagged"]]
     assert len(alarmed) <= max(1, 0.02 * runs), alarmed  # at most 1 % is the aim; 2 % leaves room for chance
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from headgrid.cli.show import Json, Out, console_for, print_table, progress_bar
 from headgrid.errors import InvalidInput, VerificationFailed
+from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 
 LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 
@@ -36,6 +37,9 @@ def compare(
     text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
+    telemetry_hz: Annotated[
+        float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
+    ] = DEFAULT_HZ,
     out: Out = Path("runs"),
     resume: Annotated[Path | None, typer.Option(help="Go on with a run folder; other options are ignored.")] = None,
     as_json: Json = False,
@@ -57,6 +61,7 @@ def compare(
     from headgrid.runtime import launch
 
     console = console_for(as_json)
+    check_hz(telemetry_hz)
     joined = launch.joined_by_torchrun()
     if resume is None:
         wishes = plan.Wishes(
@@ -85,13 +90,13 @@ def compare(
         if not joined:
             plan.recheck(folder.open_run(resume)[0])
     if joined:
-        run = runner.carry_out_joined(backend, open_run)
+        run = runner.carry_out_joined(backend, open_run, telemetry_hz)
         if run is None:
             return
     else:
         run = open_run()
         with progress_bar(console) as show:
-            runner.carry_out(run, show)
+            runner.carry_out(run, show, telemetry_hz)
     summary = conclude(run)
     _print_summary(console, summary)
     console.print(f"report: {run / 'report.html'}", soft_wrap=True)

@@ -1,15 +1,21 @@
 """Carries out a design: its launches one after the other, each on fresh ranks."""
 
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from headgrid.errors import InvalidInput
 from headgrid.experiment.design import Design
 from headgrid.experiment.folder import open_run
+from headgrid.experiment.telemetry import DEFAULT_HZ, Sampler, sampling
 from headgrid.runtime import launch
 
 TARGET = "headgrid.experiment.worker:run_launch"
@@ -43,21 +49,26 @@ def finished_launches(records: list[dict[str, Any]]) -> set[int]:
     return {r["launch"] for r in records if r["kind"] == "end" and r["completed"]}
 
 
-def carry_out(folder: Path, on_progress: Callable[[Progress], None]) -> None:
-    """Run every launch that the journal does not show as finished, on ranks of this host."""
+def carry_out(folder: Path, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ) -> None:
+    """Run every launch that the journal does not show as finished, on ranks of this host.
+
+    Beside them a process samples telemetry `telemetry_hz` times a second (0: none).
+    """
     design, records = open_run(folder)
-    watch = _Watch(folder, design, on_progress)
-    for index in range(design.protocol.launches):
-        if index not in finished_launches(records):
-            job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
-            launch.run(job, on_poll=watch, log_to=folder / "logs")
-            watch()
+    with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
+        watch = _Watch(folder, design, on_progress, sampler)
+        for index in range(design.protocol.launches):
+            if index not in finished_launches(records):
+                job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
+                launch.run(job, on_poll=watch, log_to=folder / "logs")
+                watch()
 
 
-def carry_out_joined(backend: str, open_folder: Callable[[], Path]) -> Path | None:
+def carry_out_joined(backend: str, open_folder: Callable[[], Path], telemetry_hz: float = DEFAULT_HZ) -> Path | None:
     """The same inside ranks that torchrun started: one launch, since the processes are given.
 
     Only rank 0 uses the folder that `open_folder` returns, and gets it back; the others need no common file system.
+    Telemetry is that of rank 0's host.
     """
     rank, _ = launch.torchrun_rank()
     with launch.joined(backend):
@@ -66,7 +77,10 @@ def carry_out_joined(backend: str, open_folder: Callable[[], Path]) -> Path | No
             raise InvalidInput(f"the run in {folder} needs {design.backend}, these ranks have {backend}")
         payload = json.loads(launch.share_text(json.dumps(_next_payload(folder) if folder else None)))
         if payload is not None:
-            launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend))
+            with sampling(folder, telemetry_hz, gpus=backend == "nccl") if folder else nullcontext() as sampler:
+                if sampler is not None:
+                    sampler.follow(child.pid for child in psutil.Process(os.getppid()).children())
+                launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend))
     return folder
 
 
@@ -89,15 +103,19 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
 
 
 class _Watch:
-    """Follows the journal while ranks write it."""
+    """Follows the journal while ranks write it, and tells the sampler which processes the ranks are."""
 
-    def __init__(self, folder: Path, design: Design, report: Callable[[Progress], None]) -> None:
-        self._path, self._report, self._size = folder / "journal.jsonl", report, -1
+    def __init__(
+        self, folder: Path, design: Design, report: Callable[[Progress], None], sampler: Sampler | None
+    ) -> None:
+        self._path, self._report, self._size, self._sampler = folder / "journal.jsonl", report, -1, sampler
         protocol, arms = design.protocol, len(design.arms)
         pipelines = sum(layout.pp > 1 for layout in design.layouts)
         self._total = protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
 
     def __call__(self) -> None:
+        if self._sampler is not None:
+            self._sampler.follow(child.pid for child in multiprocessing.active_children() if child.pid is not None)
         size = self._path.stat().st_size
         if size != self._size:
             self._size = size

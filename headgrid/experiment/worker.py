@@ -5,6 +5,7 @@ Rank 0 writes the journal. Everything ranks tell each other travels as numbers o
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -126,17 +127,20 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     launch = Launch(rank, design, payload)
     if len(set(gather_json(launch.input_sha256, launch.device))) > 1:
         raise InvalidInput("ranks read different input", why="the text must be the same file on every host")
-    names = gather_json(torch.cuda.get_device_name() if design.device == "cuda" else "cpu", launch.device)
+    who = gather_json(_identity(design.device), launch.device)
     weights = launch.weights.identity
     launch.record(
         "launch",
         design_hash=payload["design"]["hash"],
         ranks=ranks,
         attempt=launch.attempt,
-        device_names=names,
+        device_names=[each["device"] for each in who],
+        device_uuids=[each["uuid"] for each in who],
+        pids=[each["pid"] for each in who],
         input_sha256=launch.input_sha256,
         weights_sha256=hashlib.sha256(weights.encode()).hexdigest(),
         start_s=begun - payload["started"],
+        started_s=payload["started"],
     )
     sensitive = _run_control(launch)
     engines = {str(layout): launch.engine(layout) for layout in design.layouts}
@@ -146,6 +150,14 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
         if arm in arms:
             _time_block(launch, engines[arm.layout], arm, block)
     launch.record("end", completed=True)
+
+
+def _identity(device: str) -> dict[str, Any]:
+    """This rank's process and device, so that telemetry of either can be laid to it."""
+    if device != "cuda":
+        return {"pid": os.getpid(), "device": "cpu", "uuid": None}
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    return {"pid": os.getpid(), "device": torch.cuda.get_device_name(), "uuid": uuid and f"GPU-{uuid}"}
 
 
 def _turns(launch: Launch, done: list[int]) -> Iterator[tuple[int, Arm]]:
@@ -262,8 +274,8 @@ def _measure_pipeline(launch: Launch, engine: Engine) -> list[dict[str, Any]]:
 def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int) -> None:
     """A prefill of the batch, then decode steps on the cache it wrote. No observer, no profiler."""
     design = launch.design
-    prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts))
-    decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps))
+    prefill_start_s, prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts))
+    decode_start_s, decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps))
     order = design.order[launch.index][block]
     launch.record(
         "block",
@@ -271,21 +283,23 @@ def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int) -> None:
         attempt=launch.attempt,
         position=order.index(design.arms.index(arm)),
         arm=arm.label,
+        prefill_start_s=prefill_start_s,
         prefill_s=prefill_s,
+        decode_start_s=decode_start_s,
         decode_s=decode_s,
         decode_steps=design.workload.decode_steps,
         warmup=block < design.protocol.warmup_blocks,
     )
 
 
-def _timed(launch: Launch, work: Any) -> list[float]:
-    """Seconds that each rank took from a common barrier to the end of its own work."""
+def _timed(launch: Launch, work: Any) -> tuple[float, list[float]]:
+    """Unix time of a common barrier, and the seconds that each rank took from it to the end of its own work."""
     barrier(launch.device)
-    start = time.perf_counter()
+    start_s, start = time.time(), time.perf_counter()
     work()
     if launch.device.type == "cuda":
         torch.cuda.synchronize(launch.device)
     elapsed = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device=launch.device)
     everyone = [torch.zeros_like(elapsed) for _ in range(launch.design.ranks)]
     dist.all_gather(everyone, elapsed)
-    return [round(float(seconds), 9) for seconds in everyone]
+    return start_s, [round(float(seconds), 9) for seconds in everyone]

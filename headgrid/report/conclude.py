@@ -6,7 +6,8 @@ from typing import Any
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.folder import open_run, write_json, write_text
-from headgrid.experiment.stats import summarise
+from headgrid.experiment.summary import summary_of
+from headgrid.experiment.telemetry import FILE, read
 from headgrid.report.html import render
 
 
@@ -17,7 +18,7 @@ def conclude(folder: Path) -> dict[str, Any]:
         env = json.loads((folder / "env.json").read_text())
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{folder} is not a run folder", why=f"env.json: {error}") from error
-    summary = summarise(design.to_dict(), records) | {"run": str(folder)}
+    summary = summary_of(design.to_dict(), records, read(folder / FILE)) | {"run": str(folder)}
     write_json(folder / "summary.json", summary)
     write_text(folder / "report.html", render(design.to_dict(), env, records, summary))
     return summary

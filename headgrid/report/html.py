@@ -14,8 +14,8 @@ from headgrid.experiment.records import Phase, Record
 from headgrid.experiment.stats import PHASES
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
+from headgrid.report import conditions, partition, plots, tables
 from headgrid.report import format as fmt
-from headgrid.report import partition, plots, tables
 from headgrid.report.naming import caution, names
 from headgrid.spec.model import ModelSpec
 
@@ -57,6 +57,8 @@ def render(design: Json, env: Json, records: Sequence[Record], summary: Json) ->
         memory=tables.memory(summary),
         traffic=[tables.traffic(summary, phase, layers) for phase in PHASES],
         validation=tables.validation(summary, records),
+        isolation=conditions.isolation(summary),
+        telemetry=[conditions.telemetry(summary, phase) for phase in PHASES],
         figures=list(_figures(design, records, summary, labels)),
         partitions=list(_partitions(layouts)),
         facts=list(_facts(design, env, records)),

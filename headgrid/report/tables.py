@@ -8,6 +8,7 @@ from headgrid.experiment.records import BlockKey, Phase, Record, block_times
 from headgrid.experiment.stats import MEMORY_PARTS, PHASES, SEED_LABEL
 from headgrid.report import format as fmt
 from headgrid.report.format import NOT_MEASURED
+from headgrid.report.marks import LEGEND, isolation_line, sampling_line, sign, signed
 from headgrid.report.naming import named, names
 
 Summary = Mapping[str, Any]
@@ -129,7 +130,10 @@ def performance(summary: Summary) -> Table:
     for index, arm in enumerate(arms):
         figure = arm["prefill_tokens_per_s"] or arm["decode_tpot_s"]
         units = str(figure["n"]) if figure else NOT_MEASURED
-        rows.append([_name(named(arm)), *_cells((*prefill[index], *decode[index][:2], *tpot[index], units))])
+        marks = [sign(summary, phase, arm["label"]) for phase in PHASES]
+        texts = [signed(prefill[index][0], marks[0]), *prefill[index][1:], signed(decode[index][0], marks[1])]
+        texts += [decode[index][1], signed(tpot[index][0], marks[1]), *tpot[index][1:], units]
+        rows.append([_name(named(arm)), *_cells(texts)])
     return Table("Performance metrics", head, rows, _performance_note(summary))
 
 
@@ -140,8 +144,13 @@ def _performance_note(summary: Summary) -> str:
     over = f" n counts the unit of the intervals: {' or '.join(sorted(units))}." if units else ""
     return (
         "TPS in tokens per second, all ranks together. Prefill TPS = batch times sequence length / time; TPOT = time of"
-        f" all decode steps / their number; a block's time is that of its slowest rank.{over}"
+        f" all decode steps / their number; a block's time is that of its slowest rank.{over}{_legend(summary)}"
     )
+
+
+def _legend(summary: Summary) -> str:
+    labels = [arm["label"] for arm in summary["arms"]]
+    return f" {LEGEND}" if any(sign(summary, phase, *labels) for phase in PHASES) else ""
 
 
 def comparisons(summary: Summary, phase: Phase, margin: float) -> Table:
@@ -158,7 +167,8 @@ def comparisons(summary: Summary, phase: Phase, margin: float) -> Table:
         "seed's d (not trusted)",
     )
     called = names(summary)
-    rows = [_comparison(row, called) for row in summary["comparisons"] if row["phase"] == phase]
+    chosen = [row for row in summary["comparisons"] if row["phase"] == phase]
+    rows = [_comparison(row, called, sign(summary, phase, row["a"], row["b"])) for row in chosen]
     units = sorted({row["unit"] for row in summary["comparisons"] if row["unit"]})
     note = (
         "Ratio of throughputs, first arm over second: above 1 the first is faster. It is taken inside each block, so"
@@ -183,10 +193,11 @@ def noise_line(summary: Summary) -> str:
 VERDICT_CSS = {"faster": "good", "slower": "bad"}
 
 
-def _comparison(row: Mapping[str, Any], called: Mapping[str, str]) -> list[Cell]:
+def _comparison(row: Mapping[str, Any], called: Mapping[str, str], mark: str) -> list[Cell]:
     changes = (row["ratio"] - 1, 1 / row["ratio"] - 1) if row["ratio"] else (None, None)
     seed = row["seed_statistics"]
-    texts = (*fmt.ratio(row["ratio"], row["ci95"]), *(fmt.change(change) for change in changes))
+    ratio, ci95 = fmt.ratio(row["ratio"], row["ci95"])
+    texts = (signed(ratio, mark), ci95, *(fmt.change(change) for change in changes))
     return [
         _name(f"{called[row['a']]} / {called[row['b']]}"),
         *_cells(texts),
@@ -305,8 +316,8 @@ def validation(summary: Summary, records: Sequence[Record]) -> Table:
         [_name("Numerical accuracy"), Cell(_accuracy(summary))],
         [_name("Reproducibility"), Cell(_spread(summary))],
         [_name("Fairness"), Cell(_fairness(len(launches), inputs))],
-        [_name("Isolation from other work"), Cell(NOT_MEASURED, "unknown")],
-        [_name("GPU, memory bandwidth and NVLink utilization"), Cell(NOT_MEASURED, "unknown")],
+        [_name("Isolation from other work"), *_cells([isolation_line(summary)], "")],
+        [_name("GPU, memory bandwidth and NVLink utilization"), *_cells([sampling_line(summary)], "")],
     ]
     return Table("Validation checks", ("Check", "Result"), rows)
 

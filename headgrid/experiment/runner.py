@@ -45,13 +45,18 @@ def finished_launches(records: list[dict[str, Any]]) -> set[int]:
 
 def carry_out(folder: Path, on_progress: Callable[[Progress], None]) -> None:
     """Run every launch that the journal does not show as finished, on ranks of this host."""
+    for index in range(open_run(folder)[0].protocol.launches):
+        carry_out_launch(folder, index, on_progress)
+
+
+def carry_out_launch(folder: Path, index: int, on_progress: Callable[[Progress], None]) -> None:
+    """Run launch `index`, or what the journal lacks of it, on ranks of this host."""
     design, records = open_run(folder)
-    watch = _Watch(folder, design, on_progress)
-    for index in range(design.protocol.launches):
-        if index not in finished_launches(records):
-            job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
-            launch.run(job, on_poll=watch, log_to=folder / "logs")
-            watch()
+    if index not in finished_launches(records):
+        watch = _Watch(folder, design, on_progress)
+        job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
+        launch.run(job, on_poll=watch, log_to=folder / "logs")
+        watch()
 
 
 def carry_out_joined(backend: str, open_folder: Callable[[], Path]) -> Path | None:
@@ -88,14 +93,19 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
     }
 
 
+def expected_records(design: Design) -> int:
+    """About how many records the journal of a finished run has."""
+    protocol, arms = design.protocol, len(design.arms)
+    pipelines = sum(layout.pp > 1 for layout in design.layouts)
+    return protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+
+
 class _Watch:
     """Follows the journal while ranks write it."""
 
     def __init__(self, folder: Path, design: Design, report: Callable[[Progress], None]) -> None:
         self._path, self._report, self._size = folder / "journal.jsonl", report, -1
-        protocol, arms = design.protocol, len(design.arms)
-        pipelines = sum(layout.pp > 1 for layout in design.layouts)
-        self._total = protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+        self._total = expected_records(design)
 
     def __call__(self) -> None:
         size = self._path.stat().st_size

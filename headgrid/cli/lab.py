@@ -1,9 +1,10 @@
 """The lab's commands: compare layouts, list them, report, describe the machine."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.markup import escape
 from headgrid.cli.show import Json, Out, console_for, print_table, progress_bar
 from headgrid.errors import InvalidInput, VerificationFailed
 from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
+
+if TYPE_CHECKING:
+    from headgrid.experiment.plan import Wishes
 
 LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 
@@ -56,37 +60,44 @@ def compare(
 
         headgrid compare --resume runs/20261122-130000-compare-seed-small
     """
+    from headgrid.experiment.plan import Wishes
+
+    wishes = Wishes(
+        model=model,
+        arms=_names(arms),
+        ranks=ranks,
+        batch=batch,
+        seq=seq,
+        decode_steps=decode_steps,
+        chunk_positions=chunk_positions,
+        dtype=dtype,
+        blocks=blocks,
+        launches=launches,
+        protocol=protocol,
+        text=text,
+        device=device,
+        seed=seed,
+    )
+    check_hz(telemetry_hz)
+    _compare(wishes, telemetry_hz, resume, out, as_json)
+
+
+def _compare(wishes: "Wishes", telemetry_hz: float, resume: Path | None, out: Path, as_json: bool) -> None:
+    """Carry out a new comparison under `out`, or the rest of the one in `resume`, and tell what came out."""
     from headgrid.experiment import folder, machine, plan, runner
     from headgrid.report.conclude import conclude
     from headgrid.runtime import launch
 
     console = console_for(as_json)
-    check_hz(telemetry_hz)
     joined = launch.joined_by_torchrun()
     if resume is None:
-        wishes = plan.Wishes(
-            model=model,
-            arms=_names(arms),
-            ranks=ranks,
-            batch=batch,
-            seq=seq,
-            decode_steps=decode_steps,
-            chunk_positions=chunk_positions,
-            dtype=dtype,
-            blocks=blocks,
-            launches=launches,
-            protocol=protocol,
-            text=text,
-            device=device,
-            seed=seed,
-            started_ranks=launch.torchrun_rank()[1] if joined else None,
-        )
-        design, notes = plan.make(wishes)
+        started = launch.torchrun_rank()[1] if joined else None
+        design, notes = plan.make(dataclasses.replace(wishes, started_ranks=started))
         for note in notes:
             console.print(escape(note), style="yellow")
         backend, open_run = design.backend, lambda: folder.create(design, machine.environment(), out)
     else:
-        backend, open_run = machine.backend(device), lambda: resume
+        backend, open_run = machine.backend(wishes.device), lambda: resume
         if not joined:
             plan.recheck(folder.open_run(resume)[0])
     if joined:

@@ -69,7 +69,8 @@ class Design:
     model: ModelSpec
     workload: Workload
     arms: tuple[Arm, ...]
-    control: str
+    control: str | None
+    """The negative control; None on one rank, where no cut of the channels can be left without its exchange."""
     ranks: int
     device: Device
     text: Text
@@ -173,8 +174,13 @@ def gathered_arms(model: ModelSpec, ranks: int) -> tuple[str, ...]:
     return tuple(name for name in names if is_legal(model, parse_layout(name)))
 
 
-def control_layout(model: ModelSpec, ranks: int) -> str:
-    """The negative control: softmax per slice, without the sum. Another function, which verification must reject."""
+def control_layout(model: ModelSpec, ranks: int) -> str | None:
+    """The negative control: softmax per slice, without the sum. Another function, which verification must reject.
+
+    None on one rank. Raises InvalidLayout where no grid has slices.
+    """
+    if ranks == 1:
+        return None
     grid = _grid(model, ranks)
     if grid is None:
         raise InvalidLayout(f"no n x m grid of {model.name} fits {ranks} ranks, so there is no negative control")

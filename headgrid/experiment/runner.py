@@ -54,14 +54,30 @@ def carry_out(folder: Path, on_progress: Callable[[Progress], None], telemetry_h
 
     Beside them a process samples telemetry `telemetry_hz` times a second (0: none).
     """
-    design, records = open_run(folder)
+    design, _ = open_run(folder)
     with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
-        watch = _Watch(folder, design, on_progress, sampler)
         for index in range(design.protocol.launches):
-            if index not in finished_launches(records):
-                job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
-                launch.run(job, on_poll=watch, log_to=folder / "logs")
-                watch()
+            _carry_out_launch(folder, index, on_progress, sampler)
+
+
+def carry_out_launch(
+    folder: Path, index: int, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ
+) -> None:
+    """Run launch `index`, or what the journal lacks of it, as `carry_out` does."""
+    design, _ = open_run(folder)
+    with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
+        _carry_out_launch(folder, index, on_progress, sampler)
+
+
+def _carry_out_launch(
+    folder: Path, index: int, on_progress: Callable[[Progress], None], sampler: Sampler | None
+) -> None:
+    design, records = open_run(folder)
+    if index not in finished_launches(records):
+        watch = _Watch(folder, design, on_progress, sampler)
+        job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
+        launch.run(job, on_poll=watch, log_to=folder / "logs")
+        watch()
 
 
 def carry_out_joined(backend: str, open_folder: Callable[[], Path], telemetry_hz: float = DEFAULT_HZ) -> Path | None:
@@ -102,6 +118,13 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
     }
 
 
+def expected_records(design: Design) -> int:
+    """About how many records the journal of a finished run has."""
+    protocol, arms = design.protocol, len(design.arms)
+    pipelines = sum(layout.pp > 1 for layout in design.layouts)
+    return protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+
+
 class _Watch:
     """Follows the journal while ranks write it, and tells the sampler which processes the ranks are."""
 
@@ -109,9 +132,7 @@ class _Watch:
         self, folder: Path, design: Design, report: Callable[[Progress], None], sampler: Sampler | None
     ) -> None:
         self._path, self._report, self._size, self._sampler = folder / "journal.jsonl", report, -1, sampler
-        protocol, arms = design.protocol, len(design.arms)
-        pipelines = sum(layout.pp > 1 for layout in design.layouts)
-        self._total = protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+        self._total = expected_records(design)
 
     def __call__(self) -> None:
         if self._sampler is not None:

@@ -3,12 +3,11 @@
 Nothing is judged here; `oracle.py` does that, in the process of the tests.
 """
 
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import standing_ranks
 import torch
 from case import Case, prompts, upstream
 from corruption import run_corruptions
@@ -32,40 +31,16 @@ from headgrid.runtime.meter import LiveBytes
 from headgrid.runtime.stage import StageCall, prefill_call
 from headgrid.runtime.weights import draw, whole
 
-POLL_SECONDS = 0.001
-
 
 def serve(rank: int, ranks: int, payload: dict[str, Any]) -> None:
-    """The job: `<folder>/<k>.case` for k = 0, 1, ... as they appear, until there is a file `stop`.
+    """The job: cases, as they come."""
+    pool = GroupPool(rank)
 
-    What rank r finds for case k is `<folder>/<k>.<r>.pt`; a rank that fails leaves `<k>.<r>.error` and ends.
-    """
-    pool, folder, number = GroupPool(rank), Path(payload["folder"]), 0
-    while _comes(folder, number, rank):
-        case = torch.load(folder / f"{number}.case", weights_only=False)
-        try:
-            with inject(case, rank) as alter:
-                outcome = _run_case(case, pool, alter)
-        except Exception as error:
-            traceback.print_exc()
-            (folder / f"{number}.{rank}.error").write_text(f"rank {rank} in case {case.id}:\n{traceback.format_exc()}")
-            raise RuntimeError(f"in case {case.id}: {error!r}") from error
-        part = folder / f".{number}.{rank}"
-        torch.save(outcome, part)
-        part.rename(folder / f"{number}.{rank}.pt")
-        number += 1
+    def do(case: Case) -> dict[str, Any]:
+        with inject(case, rank) as alter:
+            return _run_case(case, pool, alter)
 
-
-def _comes(folder: Path, number: int, rank: int) -> bool:
-    """Whether there is one more case. Rank 0 looks, the others wait for it without using a processor."""
-    found = torch.zeros(1, dtype=torch.int64)
-    if rank == 0:
-        case, stop = folder / f"{number}.case", folder / "stop"
-        while not (case.exists() or stop.exists()):
-            time.sleep(POLL_SECONDS)
-        found += case.exists()
-    torch.distributed.broadcast(found, 0)
-    return bool(found)
+    standing_ranks.serve(rank, Path(payload["folder"]), do)
 
 
 def _run_case(case: Case, pool: GroupPool, alter: Callable[[Engine], None]) -> dict[str, Any]:

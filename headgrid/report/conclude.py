@@ -6,6 +6,7 @@ from typing import Any
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.folder import open_run, write_json, write_text
+from headgrid.experiment.journal import seal
 from headgrid.experiment.stats import summarise
 from headgrid.report.html import render
 
@@ -17,7 +18,9 @@ def conclude(folder: Path) -> dict[str, Any]:
         env = json.loads((folder / "env.json").read_text())
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{folder} is not a run folder", why=f"env.json: {error}") from error
-    summary = summarise(design.to_dict(), records) | {"run": str(folder)}
+    sealed = seal(folder / "journal.jsonl")
+    journal = {"records": sealed.records, "link": sealed.link}
+    summary = summarise(design.to_dict(), records) | {"run": str(folder), "journal": journal}
     write_json(folder / "summary.json", summary)
     write_text(folder / "report.html", render(design.to_dict(), env, records, summary))
     return summary

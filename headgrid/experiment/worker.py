@@ -127,6 +127,7 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     launch.record(
         "launch",
         design_hash=payload["design"]["hash"],
+        environment_sha256=payload["environment_sha256"],
         ranks=ranks,
         attempt=launch.attempt,
         device_names=names,

@@ -40,7 +40,11 @@ def known_hardware() -> dict[str, Hardware]:
     """The devices of `hardware.toml`, by name."""
     text = resources.files("headgrid.spec").joinpath("hardware.toml").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = tomllib.loads(text)
-    return {name: Hardware(name=name, **(row | {"names": tuple(row["names"])})) for name, row in rows.items()}
+    found: dict[str, Hardware] = {}
+    for name, row in rows.items():
+        fields: dict[str, Any] = {**row, "name": name, "names": tuple(row["names"])}
+        found[name] = Hardware(**fields)
+    return found
 
 
 def find_hardware(name: str) -> Hardware:

@@ -1,6 +1,5 @@
 """The journal: what was appended is what is read, and a killed run costs at most the record being written."""
 
-import json
 import os
 import subprocess
 import sys

@@ -123,7 +123,7 @@ def read_result(path: Path) -> Result:
     except HeadgridError as error:
         why = "; ".join(part for part in (error.numbers, error.why) if part)
         raise InvalidInput(f"{path}: {error.what}", why=why, legal=error.legal) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInput(
             f"{path} is not a file of results", why=f"{type(error).__name__}: {error}", legal=("see docs/check.md",)
         ) from error

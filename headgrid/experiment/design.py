@@ -25,6 +25,13 @@ Device = Literal["cpu", "cuda"]
 
 SENSITIVE = 0.10
 """A negative control that moves the logits by less proves nothing about a model, and then no arm is called verified."""
+ENOUGH_TOKENS = 16
+"""Of fewer tokens an error is chance: such a phase is judged with all the others."""
+
+
+def allowed_multiple(dtype: str, ranks: int) -> float:
+    """How far above the noise floor a layout's relative error may lie: 1.5, and 2 in 16 bits on more than 4 ranks."""
+    return 2.0 if dtype in ("float16", "bfloat16") and ranks > 4 else 1.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Carries out a design: its launches one after the other, each on fresh ranks."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import psutil
 from headgrid.errors import InvalidInput
 from headgrid.experiment.design import Design
 from headgrid.experiment.folder import open_run
+from headgrid.experiment.records import done_blocks, finished_launches
 from headgrid.experiment.telemetry import DEFAULT_HZ, Sampler, sampling
 from headgrid.runtime import launch
 
@@ -28,25 +30,6 @@ class Progress:
     done: int
     total: int
     latest: str
-
-
-def done_blocks(records: list[dict[str, Any]], index: int) -> list[int]:
-    """The timed blocks of launch `index` that ran all verified arms in the same processes.
-
-    A block that was cut is done again: half of it in other processes would not be a pair. Warm-up always is.
-    """
-    mine = [record for record in records if record["launch"] == index]
-    verified = {record["arm"] for record in mine if record["kind"] == "verify" and record["verified"]}
-    arms: dict[tuple[int, int], set[str]] = {}
-    for record in mine:
-        if record["kind"] == "block" and not record["warmup"]:
-            arms.setdefault((record["block"], record["attempt"]), set()).add(record["arm"])
-    return sorted({block for (block, _), found in arms.items() if found >= verified})
-
-
-def finished_launches(records: list[dict[str, Any]]) -> set[int]:
-    """Launches that came to their end."""
-    return {r["launch"] for r in records if r["kind"] == "end" and r["completed"]}
 
 
 def carry_out(folder: Path, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ) -> None:
@@ -114,6 +97,7 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
         "launch": index,
         "done": done_blocks(records, index),
         "attempt": sum(record["kind"] == "launch" and record["launch"] == index for record in records),
+        "environment_sha256": hashlib.sha256((folder / "env.json").read_bytes()).hexdigest(),
         "started": time.time(),
     }
 

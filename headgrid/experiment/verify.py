@@ -12,14 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headgrid.experiment.design import ENOUGH_TOKENS, allowed_multiple
 from headgrid.layout.layout import Linears
 from headgrid.reference import GetWeight, Reference, relative_error
 from headgrid.spec.model import ModelSpec
-
-
-def allowed_multiple(dtype: str, ranks: int) -> float:
-    """How far above the noise floor a layout's relative error may lie: 1.5, and 2 in 16 bits on more than 4 ranks."""
-    return 2.0 if dtype in ("float16", "bfloat16") and ranks > 4 else 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +44,6 @@ class Truth:
 
 ORDERS = 3
 """How often the floor is computed: of a few tokens one computation's error is chance."""
-
-
-_ENOUGH_TOKENS = 16
 
 
 def channel_order(hidden_size: int, order: int) -> Tensor:
@@ -184,7 +177,7 @@ def judge(
     if trace.logits.shape[1] > 1:
         phases["decode"] = phase(positions=slice(1, None))
     for each in phases.values():  # of a few tokens an error is chance: they count with all the others
-        each["passed"] = whole["passed"] and (each["passed"] or each["tokens"] < _ENOUGH_TOKENS)
+        each["passed"] = whole["passed"] and (each["passed"] or each["tokens"] < ENOUGH_TOKENS)
     greedy = _greedy(trace, truth, multiple)
     failed = [name for name, result in phases.items() if not result["passed"]]
     reasons = [*broken, *(f"{name} error above its bound" for name in failed)]

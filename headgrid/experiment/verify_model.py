@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headgrid.experiment.design import allowed_multiple
 from headgrid.experiment.generate import loaded
 from headgrid.experiment.model_job import Events, Listener
 from headgrid.experiment.observe import as_predicted
@@ -17,7 +18,6 @@ from headgrid.experiment.verify import (
     ORDERS,
     Trace,
     Truth,
-    allowed_multiple,
     channel_order,
     compared,
     finite,

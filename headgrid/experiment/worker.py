@@ -133,6 +133,7 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     launch.record(
         "launch",
         design_hash=payload["design"]["hash"],
+        environment_sha256=payload["environment_sha256"],
         ranks=ranks,
         attempt=launch.attempt,
         device_names=[each["device"] for each in who],

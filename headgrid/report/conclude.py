@@ -6,6 +6,7 @@ from typing import Any
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.folder import open_run, write_json, write_text
+from headgrid.experiment.journal import seal
 from headgrid.experiment.summary import summary_of
 from headgrid.experiment.telemetry import FILE, read
 from headgrid.report.html import render
@@ -18,7 +19,10 @@ def conclude(folder: Path) -> dict[str, Any]:
         env = json.loads((folder / "env.json").read_text())
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{folder} is not a run folder", why=f"env.json: {error}") from error
-    summary = summary_of(design.to_dict(), records, read(folder / FILE)) | {"run": str(folder)}
+    sealed = seal(folder / "journal.jsonl")
+    journal = {"records": sealed.records, "link": sealed.link}
+    made = summary_of(design.to_dict(), records, read(folder / FILE))
+    summary = made | {"run": str(folder), "journal": journal}
     write_json(folder / "summary.json", summary)
     write_text(folder / "report.html", render(design.to_dict(), env, records, summary))
     return summary

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from headgrid.layout.batching import owned_rows
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, divisors, is_legal
 from headgrid.layout.span import balanced
-from headgrid.spec.model import ModelSpec
+from headgrid.spec.model import ModelSpec, model_from
 from headgrid.spec.workload import Workload
 
 Role = Literal["baseline", "aa", "arm"]
@@ -109,18 +109,25 @@ class Design:
         flat |= {"text": asdict(self.text), "protocol": protocol.pop("name"), **protocol}
         flat |= {"checkpoint": self.checkpoint} if self.checkpoint is not None else {}
         flat["order"] = [[list(block) for block in launch] for launch in self.order]
-        declared = json.dumps({k: v for k, v in flat.items() if k != "created"}, sort_keys=True)
-        return flat | {"hash": hashlib.sha256(declared.encode()).hexdigest()}
+        return flat | {"hash": hash_of(flat)}
+
+
+def hash_of(flat: Mapping[str, Any]) -> str:
+    """The hash of a design's JSON form, which covers all of it but itself and the time."""
+    declared = json.dumps({k: v for k, v in flat.items() if k not in ("created", "hash")}, sort_keys=True)
+    return hashlib.sha256(declared.encode()).hexdigest()
 
 
 def from_dict(data: dict[str, Any]) -> Design:
-    """The inverse of `Design.to_dict`. Raises InvalidInput if the hash does not fit."""
+    """The inverse of `Design.to_dict`, also of older versions. Raises InvalidInput if the hash does not fit."""
+    if hash_of(data) != data.get("hash"):
+        raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
     protocol_fields = {f.name for f in fields(Protocol)} - {"name"}
     design = Design(
         name=data["name"],
         created=data["created"],
         headgrid_version=data["headgrid_version"],
-        model=ModelSpec(**data["model"]),
+        model=model_from(data["model"]),
         workload=Workload(**data["workload"]),
         arms=tuple(Arm(**arm) for arm in data["arms"]),
         control=data["control"],
@@ -131,8 +138,6 @@ def from_dict(data: dict[str, Any]) -> Design:
         order=tuple(tuple(tuple(block) for block in launch) for launch in data["order"]),
         checkpoint=data.get("checkpoint"),
     )
-    if design.to_dict()["hash"] != data.get("hash"):
-        raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
     return design
 
 

@@ -11,6 +11,7 @@ docs/run-folder.md; a block's time is the slowest rank's; warm-up blocks never e
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -166,11 +167,14 @@ def _timing(workload: Mapping[str, Any], prefill: Times, decode: Times) -> dict[
 
 
 def _memory(ranks: Sequence[Mapping[str, Any]] | None) -> dict[str, int | None] | None:
-    """Bytes of each part on the rank that has most of it; `total` is the largest sum of one rank."""
+    """Bytes of each part on the rank that has most of it; `total` is the largest sum of one rank, in which activations
+    have communication buffers among them.
+    """
     if not ranks:
         return None
     rows: list[list[Any]] = [[rank.get(f"{part}_bytes") for part in MEMORY_PARTS] for rank in ranks]
-    rows = [[*row, None if None in row else sum(row)] for row in rows]
+    counted = [part != "communication_buffer" for part in MEMORY_PARTS]
+    rows = [[*row, None if None in row else sum(compress(row, counted))] for row in rows]
     columns = zip((*MEMORY_PARTS, "total"), zip(*rows, strict=True), strict=True)
     return {part: _known(max, column) for part, column in columns}
 

@@ -1,9 +1,8 @@
 """A run folder as a check reads it: what is on disk, without the help of the code that wrote it."""
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from headgrid.experiment.journal import Seal, read, seal
 from headgrid.experiment.records import Record
 from headgrid.experiment.telemetry import Telemetry
 from headgrid.layout.layout import Layout, parse_layout
-from headgrid.spec.model import ModelSpec
+from headgrid.spec.model import ModelSpec, model_from
 from headgrid.spec.workload import Workload
 
 
@@ -104,8 +103,8 @@ def open_folder(folder: Path, source_sha256: str | None) -> Run:
         sealed,
         summary,
         telemetry.read(folder / telemetry.FILE),
-        _known(ModelSpec, design.get("model")),
-        _known(Workload, design.get("workload")),
+        _tried(model_from, design.get("model")),
+        _tried(lambda fields: Workload(**fields), design.get("workload")),
         source_sha256 is not None and env.get("source_sha256") == source_sha256,
     )
 
@@ -124,17 +123,9 @@ def _document(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _known(kind: type[Any], fields: Any) -> Any:
-    """The value, also of older designs: fields that are gone may be there if they were off, and `false` meant none."""
-    if not isinstance(fields, dict):
-        return None
-    names = {field.name: field for field in dataclasses.fields(kind)}
-    if any(value for name, value in fields.items() if name not in names):
-        return None
-    kept = {name: value for name, value in fields.items() if name in names}
-    if kept.get("linear_bias") is False:
-        kept["linear_bias"] = ()
+def _tried(make: Callable[[Any], Any], fields: Any) -> Any:
+    """What is made of a document's fields; None where this version cannot."""
     try:
-        return kind(**kept)
-    except (HeadgridError, TypeError, ValueError):
+        return make(fields)
+    except (HeadgridError, AttributeError, TypeError, ValueError):
         return None

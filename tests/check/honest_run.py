@@ -10,7 +10,7 @@ from typing import Any
 from headgrid.experiment.design import Design, Protocol, allowed_multiple, declare, rows_to_verify
 from headgrid.experiment.folder import write_json
 from headgrid.experiment.journal import Journal, seal
-from headgrid.experiment.stats import summarise
+from headgrid.experiment.summary import summary_of
 from headgrid.experiment.text import BUILTIN, identify, read_identified, token_rows
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.memory import predict
@@ -176,7 +176,7 @@ def conclude(folder: Path, declared: Record, found: list[Record]) -> None:
     """summary.json, as the end of a run writes it."""
     sealed = seal(folder / "journal.jsonl")
     extra = {"run": str(folder), "journal": {"records": sealed.records, "link": sealed.link}}
-    write_json(folder / "summary.json", summarise(declared, found) | extra)
+    write_json(folder / "summary.json", summary_of(declared, found, None) | extra)
 
 
 def write_run(folder: Path) -> None:

@@ -58,7 +58,9 @@ def _sum_bytes(shape: Shape) -> int:
     given = shape.own_tokens * shape.model.hidden_size * shape.e
     if shape.model.norm_placement == "both":
         return given + _norm_bytes(shape, shape.own_tokens, shape.e)
-    return given + (_norm_bytes(shape, shape.own_tokens, shape.residual) if shape.model.norm_placement == "post" else 0)
+    if shape.model.norm_placement == "post":
+        return max(given, _norm_bytes(shape, shape.own_tokens, shape.residual))
+    return given
 
 
 def _leave_bytes(shape: Shape) -> int:

@@ -16,7 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 from headgrid.layout.batching import visible
 from headgrid.layout.held import plain_rows
 from headgrid.layout.span import Span
-from headgrid.runtime.kernels import split_kv
+from headgrid.runtime.kernels import fused, split_kv
 
 _FAST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -235,10 +235,18 @@ def hidden_keys(queries: Tensor, keys: Tensor, rule: Rule, length: int | None = 
     return hidden.logical_or_(keys <= queries[..., None] - rule.window) if rule.window else hidden
 
 
-def store(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> None:
-    """Write keys or values [b, s, K, d] of these queries' positions into the cache [b, S, K, d], which keeps the
-    positions `keys` only.
+def store(k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], queries: Queries, keys: Keys = ALL) -> None:
+    """Write keys [b, s, K, d] and values [b, s, K, u] of these queries' positions into the cache [b, S, K, ...], which
+    keeps the positions `keys` only.
     """
+    if fused.usable(k):
+        fused.store(k, v, cache, queries.at, first=keys.first, stride=keys.stride)
+        return
+    for new, kept in zip((k, v), cache, strict=True):
+        _stored(new, kept, queries, keys)
+
+
+def _stored(new: Tensor, cache: Tensor, queries: Queries, keys: Keys) -> None:
     if not queries.decoding:
         first = keys.before(queries.start)
         offset = keys.first + keys.stride * first - queries.start

@@ -23,6 +23,7 @@ from headgrid.runtime.cache import carve
 from headgrid.runtime.collectives import Receipt
 from headgrid.runtime.layer import Weights
 from headgrid.runtime.mesh import Mesh
+from headgrid.runtime.peers import direct_stage
 from headgrid.runtime.prefill import prefill_of
 from headgrid.runtime.sampling import Sampling, choose
 from headgrid.runtime.stage import Stage, StageCall
@@ -62,9 +63,12 @@ class Engine:
         arena: Tensor,
         stop_tokens: Sequence[int] = (),
         sampling: Sampling | None = None,
+        *,
+        direct: bool = True,
     ) -> None:
         """`weights` as from `layer.load`; `arena` flat, with at least the cache's elements. Tokens are chosen greedily
-        without `sampling`. A sequence that has chosen one of `stop_tokens` repeats it from then on.
+        without `sampling`. A sequence that has chosen one of `stop_tokens` repeats it from then on. `direct`: decode
+        reads peers' memory where it can (`runtime.peers`), instead of calling collectives.
         """
         self.model, self.layout, self.workload, self.mesh = model, layout, workload, mesh
         self.cache = carve(arena, cache_shape(model, layout, workload, mesh.rank))
@@ -86,6 +90,7 @@ class Engine:
         plans = {*(call.micro_batch for call in self.prefill_plan), *self.decode_plan}
         self._local = {mb: self._replica_index(mb) for mb in plans}
         self._hidden = [self._hidden_buffer(len(self.stage.residual.own(mb.size))) for mb in self.decode_plan]
+        self.decoder = (direct_stage(self.stage, self.decode_plan) if direct else None) or self.stage
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._sent: list[tuple[dist.Work | None, Tensor]] = []
 
@@ -188,7 +193,7 @@ class Engine:
         x = self.tokens.index_select(0, local)[:, None] if self.stage.first else self._hidden[k]
         starts = tuple(self.lengths[row - self.rows.start] + self._steps for row in mb.rows())
         queries = Queries(1, starts, self._positions.index_select(0, local), decoding=True)
-        y = self.stage.forward(x, StageCall(mb, queries, range(mb.size)))
+        y = self.decoder.forward(x, StageCall(mb, queries, range(mb.size)))
         if self.stage.last:
             self._choose(y, local, queries.at + 1)
         elif self.stage.first:

@@ -30,8 +30,8 @@ class Core:
 
     def store(self, k: Tensor, v: Tensor, keys: Keys = ALL) -> None:
         """Keep k and v [b, s, K, ...] of the queries' positions, or of these those at `keys`."""
-        for new, cache in zip((k, v), self.cache or (), strict=False):
-            attention.store(new, cache, self.queries, keys)
+        if self.cache is not None:
+            attention.store(k, v, self.cache, self.queries, keys)
 
     def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values that the queries may attend to: those just computed, or where there are earlier ones the
@@ -46,6 +46,11 @@ class Core:
         """Store k and v, then attend to all there is: q [b, s, H, d] -> [b, s, H, u]."""
         self.store(k, v)
         return attention.attend(q, *self.seen(k, v), self.queries, self.rule)
+
+    def attend_stored(self, q: Tensor) -> Tensor:
+        """Attend to all that is in the cache: q [b, s, H, d] -> [b, s, H, u]."""
+        assert self.cache is not None
+        return attention.attend(q, *self.cache, self.queries, self.rule)
 
 
 @dataclass(frozen=True, slots=True)

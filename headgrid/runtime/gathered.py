@@ -23,7 +23,7 @@ from headgrid.runtime.collectives import Receipt
 from headgrid.runtime.exchange import Slices
 from headgrid.runtime.layer import Layer
 from headgrid.runtime.mesh import Mesh
-from headgrid.runtime.stage import Stage, StageCall, prefill_call
+from headgrid.runtime.stage import Hidden, Stage, StageCall, prefill_call
 from headgrid.spec.workload import Workload
 
 
@@ -73,7 +73,10 @@ class GatheredPrefill:
             if index + 1 < len(self.stage.layers):
                 pending = self._start(self.stage.layers[index + 1])
             for k, piece in enumerate(calls):
-                parts[k] = self.over_heads.apply(layer, index, parts[k], piece)
+                hidden = Hidden(parts[k])
+                self.over_heads.apply(layer, index, hidden, piece)
+                parts[k] = self.over_heads.settled(hidden)
+                del hidden
             del layer
         if self.stage.last:
             return self._logits(parts, calls, micro_batch)

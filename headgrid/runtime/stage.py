@@ -24,6 +24,7 @@ from headgrid.layout.span import Span, Spans, balanced
 from headgrid.runtime.attention import Queries, Rule
 from headgrid.runtime.cache import KVCache
 from headgrid.runtime.exchange import EXCHANGES, Core, Slices
+from headgrid.runtime.kernels import fused
 from headgrid.runtime.layer import Layer, Norm, Weights, layer_weights
 from headgrid.runtime.mesh import StageAxes
 from headgrid.runtime.residual import Replicated, Residual, Sharded
@@ -57,6 +58,21 @@ def prefill_call(model: ModelSpec, workload: Workload, call: Call, device: torch
     own = None if model.is_causal else tuple(lengths[row] for row in rows)
     queries = Queries(len(positions), (positions.start,) * len(rows), starts, lengths=own)
     return StageCall(call.micro_batch, queries, call.wanted(workload))
+
+
+class Hidden:
+    """Hidden states x [T_r, D] of this rank's tokens, and `more` [T_r, D] that has still to be added to them: the norm
+    that follows does it on its way.
+    """
+
+    __slots__ = ("more", "x")
+
+    def __init__(self, x: Tensor) -> None:
+        """Nothing is to be added yet."""
+        self.x, self.more = x, None
+
+    x: Tensor
+    more: Tensor | None
 
 
 LayerWatch = Callable[[int, StageCall, Tensor], None]
@@ -101,6 +117,7 @@ class Stage:
         self.embedding_scale = torch.tensor(model.embedding_scale, dtype=self.dtype).item()
         self.rotations = self.tables([own.qk_channels])
         self.watch: LayerWatch | None = None
+        self._adds_products = mesh.tp.size == 1 and model.norm_placement == "pre" and self.residual_dtype == self.dtype
 
     @functools.cached_property
     def layers(self) -> list[Layer]:
@@ -141,35 +158,51 @@ class Stage:
         """
         if self.first:
             x = self.embed(x, self.weights["embedding.weight"], self.vocab[self.mesh.tp.index], call.queries)
+        hidden = Hidden(x)
+        del x
         for index, layer in enumerate(self.layers):
-            x = self.apply(layer, index, x, call)
+            self.apply(layer, index, hidden, call)
+        x = self.settled(hidden)
         return self.head(self.final_norm(x, call)) if self.last else x
 
-    def apply(self, layer: Layer, index: int, x: Tensor, call: StageCall) -> Tensor:
-        """Both halves of the stage's layer number `index` on x [T_r, D]: in place, unless gradients need it."""
-        x = self._sum(x, self.attention_half(layer, index, x, call), layer.attention_norm)
-        x = self._sum(x, self._behind(self._mlp(layer, x, call), layer.mlp_post_norm), layer.mlp_norm)
+    def apply(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> None:
+        """Both halves of the stage's layer number `index`."""
+        self._add(hidden, self.attention_half(layer, index, hidden, call), layer.attention_norm)
+        self._add(hidden, self._behind(self._mlp(layer, hidden, call), layer.mlp_post_norm), layer.mlp_norm)
         if self.watch is not None:
-            self.watch(index, call, x)
-        return x
+            self.watch(index, call, self.settled(hidden))
 
-    def attention_half(self, layer: Layer, index: int, x: Tensor, call: StageCall) -> Tensor:
-        """What the attention half of a layer adds to x [T_r, D]."""
-        return self._behind(self._attention(layer, index, x, call), layer.attention_post_norm)
+    def settled(self, hidden: Hidden) -> Tensor:
+        """The hidden states [T_r, D] with all that was to be added: in place, unless gradients need it."""
+        if hidden.more is not None:
+            hidden.x, hidden.more = _added(hidden.x, hidden.more), None
+        return hidden.x
 
-    def _behind(self, y: Tensor, post_norm: Norm | None) -> Tensor:
-        return y if post_norm is None else self._norm(y, post_norm)
+    def attention_half(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor | None:
+        """What the attention half of a layer has still to add to the hidden states: [T_r, D], or nothing."""
+        return self._behind(self._attention(layer, index, hidden, call), layer.attention_post_norm)
 
-    def _sum(self, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
-        """x + y, normed where norms follow the sums."""
-        if self.model.norm_placement != "post":
-            return _added(x, y)
-        total = self._norm(_added(x, y), norm)
-        return total if torch.is_grad_enabled() else x.copy_(total)
+    def _behind(self, y: Tensor | None, post_norm: Norm | None) -> Tensor | None:
+        return y if post_norm is None or y is None else self._norm(y, post_norm)
 
-    def _before(self, x: Tensor, norm: Norm, call: StageCall) -> Tensor:
+    def _add(self, hidden: Hidden, y: Tensor | None, norm: Norm) -> None:
+        """Leave y [T_r, D] to be added; where norms follow the sums, add it and norm."""
+        hidden.more = y
+        del y
+        if self.model.norm_placement == "post":
+            total = self._norm(self.settled(hidden), norm)
+            hidden.x = total if torch.is_grad_enabled() else hidden.x.copy_(total)
+
+    def _before(self, hidden: Hidden, norm: Norm, call: StageCall) -> Tensor:
         """What a half of a layer gets: all tokens [T, D] in the model's dtype, normed unless norms follow the sums."""
-        normed = x.to(self.dtype) if self.model.norm_placement == "post" else self._norm(x, norm).to(self.dtype)
+        if self.model.norm_placement == "post":
+            return self.residual.enter(hidden.x.to(self.dtype), call.tokens)
+        if fused.fits(hidden.x):
+            more, hidden.more = hidden.more, None
+            normed = fused.add_norm(hidden.x, more, norm, self.model, self.dtype)
+            del more
+        else:
+            normed = self._norm(self.settled(hidden), norm).to(self.dtype)
         return self.residual.enter(normed, call.tokens)
 
     def embed(self, tokens: Tensor, table: Tensor, own: Span, queries: Queries) -> Tensor:
@@ -196,6 +229,8 @@ class Stage:
 
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
         """Over the last dim of x [T, D], in its dtype."""
+        if fused.fits(x):
+            return fused.add_norm(x, None, norm, self.model, x.dtype)
         weight, bias = norm
         shape, eps = (self.model.hidden_size,), self.model.norm_eps
         if self.model.norm == "layer":
@@ -205,19 +240,27 @@ class Stage:
         wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight loses bits in 16
         return F.rms_norm(x.to(wide), shape, 1 + weight.to(wide), eps).to(x.dtype)
 
-    def _attention(self, layer: Layer, index: int, x: Tensor, call: StageCall) -> Tensor:
-        """The attention half of a layer before it is added: x [T_r, D] -> [T_r, D]."""
-        entered = self._before(x, layer.attention_norm, call)
+    def _attention(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor | None:
+        """The attention half of a layer before it is added: [T_r, D], or None where its product has added it."""
+        return self._output(self._attended(layer, index, hidden, call), layer.o, hidden)
+
+    def _attended(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor:
+        """Attention before W_O, exact by the layout's exchange: [T, H u]."""
+        entered = self._before(hidden, layer.attention_norm, call)
         projections = F.linear(entered, *layer.qkv).view(call.micro_batch.size, call.queries.count, -1)
         del entered
-        projections = self._head_norms(projections, layer)
-        if self.ropes:
-            projections = self._rotate(projections, self.rotations[self.ropes[index]], call.queries)
+        projections = self._positioned(projections, layer, index, call)
         exchange = EXCHANGES[self.layout.exchange]
         rows = [len(part) for part in call.micro_batch.parts]
         out = exchange(self.slices, self.mesh.tp_slice, rows, projections, self._core(index, call))
-        del projections
-        return self._output(out.flatten(0, 1), layer.o)
+        return out.flatten(0, 1)
+
+    def _positioned(self, projections: Tensor, layer: Layer, index: int, call: StageCall) -> Tensor:
+        """Projections [b, s, ...] of this slice with what is done to heads before they are exchanged."""
+        projections = self._head_norms(projections, layer)
+        if self.ropes:
+            projections = self._rotate(projections, self.rotations[self.ropes[index]], call.queries)
+        return projections
 
     def _core(self, index: int, call: StageCall) -> Core:
         """Attention of layer `index` for the sequences of the call that this rank attends to, with their cache rows."""
@@ -252,6 +295,12 @@ class Stage:
 
     def _rotate(self, projections: Tensor, rotations: Sequence[Rotation], queries: Queries) -> Tensor:
         """Q and K of this slice with their rotary positions: in place, but where gradients need it."""
+        if fused.usable(projections):
+            heads = self.slices.heads + self.slices.kv_heads
+            qk = projections[..., : heads * self.slices.qk_widths[self.slices.index]].unflatten(-1, (heads, -1))
+            for turn, channels in zip(rotations, qk.split([r.width for r in rotations], dim=-1), strict=True):
+                fused.rotate(channels, turn.cos, turn.sin, queries.at)
+            return projections
         q, k, v = self.slices.split(projections, self.slices.index)
         if torch.is_grad_enabled():
             q, k = (torch.cat([rotated(*turn) for turn in _turns(x, rotations, queries)], dim=-1) for x in (q, k))
@@ -261,11 +310,11 @@ class Stage:
                 rotate(*turn)
         return projections
 
-    def _output(self, out: Tensor, o: tuple[Tensor, Tensor | None]) -> Tensor:
+    def _output(self, out: Tensor, o: tuple[Tensor, Tensor | None], hidden: Hidden) -> Tensor | None:
         """W_O: out [T, H u] of this rank -> the sum over ranks, of the tokens that this rank holds."""
         weight, bias = o
         if self.layout.output == "reduce":
-            return self._row_parallel(out, weight, bias)
+            return self._row_parallel(out, weight, bias, hidden)
         columns = [len(span) for span in balanced(self.model.hidden_size, self.mesh.tp.size)]
         mine = F.linear(self._concat(out, self.out_widths), weight, bias)
         return self._concat(mine, columns, alike=True)
@@ -276,20 +325,30 @@ class Stage:
         parts = self.mesh.tp.all_gather(x.reshape(-1), sizes, alike=alike).split(sizes)
         return torch.cat([part.view(len(x), -1) for part in parts], dim=-1)
 
-    def _row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, local] times weight [D, local], summed over the tp axis; the bias is added once."""
+    def _row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Hidden) -> Tensor | None:
+        """x [T, local] times weight [D, local], summed over the tp axis; the bias is added once. Where nothing is to be
+        summed, a GPU adds the product to the hidden states as it rounds it, which saves them a pass through memory.
+        """
+        if self._adds_products and bias is None and fused.usable(x):
+            hidden.x.addmm_(x, weight.t())
+            return None
         y = self.residual.leave(F.linear(x, weight))
         return y if bias is None else y.add_(bias)
 
-    def _mlp(self, layer: Layer, x: Tensor, call: StageCall) -> Tensor:
-        """The MLP half of a layer before it is added: x [T_r, D] -> [T_r, D]."""
-        return self._row_parallel(self._units(self._before(x, layer.mlp_norm, call), *layer.up), *layer.down)
+    def _mlp(self, layer: Layer, hidden: Hidden, call: StageCall) -> Tensor | None:
+        """The MLP half of a layer before it is added: [T_r, D]."""
+        units = self._units(self._before(hidden, layer.mlp_norm, call), *layer.up)
+        return self._row_parallel(units, *layer.down, hidden)
 
     def _units(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """activation(x weight^T + bias), times the second half of the rows if the first is a gate: [T, D] -> [T, u]."""
         if not self.model.gated_mlp:
             return self._activated_linear(x, weight, bias)
-        gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
+        both = F.linear(x, weight, bias)
+        if fused.usable(both):
+            return fused.gate(both, self.model.activation)
+        gate, up = both.chunk(2, dim=-1)
+        del both
         activated = activation(gate, self.model.activation)
         return activated * up if torch.is_grad_enabled() else activated.mul_(up)
 

@@ -26,7 +26,7 @@ from headgrid.layout.batching import prefill_calls
 from headgrid.layout.span import balanced
 from headgrid.runtime.layer import Weights
 from headgrid.runtime.mesh import StageAxes
-from headgrid.runtime.stage import prefill_call
+from headgrid.runtime.stage import Hidden, prefill_call
 
 EXACT = 1e-11
 HALF = "layers.0.attention."
@@ -81,7 +81,7 @@ def simulate(case: Case, given: Numbers, ranks: Ranks, alter: Alter | None = Non
         x, upstream = (each[rows].flatten(0, 1)[own.start : own.stop].clone() for each in (given.x, given.upstream))
         leaves = {name: tensor.requires_grad_() for name, tensor in local.items() if is_attention(name)}
         leaves["x"] = x.requires_grad_()
-        out = stage.attention_half(stage.layers[0], 0, x, stage_call)
+        out = stage.attention_half(stage.layers[0], 0, Hidden(x), stage_call)
         grads = torch.autograd.grad(out, list(leaves.values()), upstream)
         return (out.detach() * upstream).sum().item(), dict(zip(leaves, grads, strict=True))
 

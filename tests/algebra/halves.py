@@ -26,7 +26,7 @@ from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import carve, new_arena
 from headgrid.runtime.layer import Weights, load
 from headgrid.runtime.mesh import StageAxes
-from headgrid.runtime.stage import Stage, StageCall, prefill_call
+from headgrid.runtime.stage import Hidden, Stage, StageCall, prefill_call
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -104,7 +104,7 @@ def build(case: Case, mesh: StageAxes, rank: int, weights: Weights, *, with_cach
 def half(stage: Stage, x: Tensor, call: StageCall) -> Tensor:
     """The attention half of x [b, s, D]: of this rank's tokens, [T_r, D]."""
     own = stage.residual.own(call.tokens)
-    return stage._attention(stage.layers[0], 0, x.flatten(0, 1)[own.start : own.stop], call)
+    return stage._attention(stage.layers[0], 0, Hidden(x.flatten(0, 1)[own.start : own.stop]), call)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from headgrid.runtime.collectives import Recorder
 from headgrid.runtime.engine import Engine
 from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
+from headgrid.runtime.peers import Sums
 from headgrid.runtime.training import Trainer
 from headgrid.runtime.weights import draw
 from headgrid.spec.model import ModelSpec
@@ -35,6 +37,8 @@ MODEL = ModelSpec(
     linear_bias=("qkv", "o", "mlp"),
     attention_gain=2.0,
 )
+PLAIN = replace(MODEL, name="plain", qk_norm=False, linear_bias=("qkv",), norm="rms", num_kv_heads=4, gated_mlp=True)
+"""Decode can go through peers' memory: no biases or norms behind sums."""
 WORKLOAD = Workload(
     batch=4, seq=24, decode_steps=4, dtype="float32", prompt_lengths=(24, 5, 17, 1), chunk_positions=16, chunk_tokens=64
 )
@@ -52,18 +56,33 @@ def run(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     """Every layout in turn; rank r leaves `<folder>/<k>.<r>.pt` for the k-th."""
     pool = GroupPool(rank)
     for k, text in enumerate(payload["layouts"]):
-        found = _generate(text, pool) | _gradients(text, pool)
+        found = _generate(MODEL, text, pool) | _gradients(text, pool)
         torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
 
 
-def _weights(text: str, rank: int) -> dict[str, Tensor]:
-    return load(MODEL, parse_layout(text), rank, lambda n, s: draw(MODEL, 0, n, s, dtype=torch.float32, device="cuda"))
+def run_direct(rank: int, ranks: int, payload: dict[str, Any]) -> None:
+    """Every layout of the plain model, with its collectives, through peers' memory, and there with a fault."""
+    pool = GroupPool(rank)
+    for k, text in enumerate(payload["layouts"]):
+        found = {"collectives": _generate(PLAIN, text, pool, direct=False), "peers": _generate(PLAIN, text, pool)}
+        with patch.object(Sums, "put", _other_room):
+            found["fault"] = _generate(PLAIN, text, pool)
+        torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
 
 
-def _generate(text: str, pool: GroupPool) -> dict[str, Any]:
+def _other_room(self: Sums, room: int, x: Tensor, weight: Tensor) -> None:
+    torch.mm(x, weight.t(), out=self.rooms[1 - room, : len(x)])
+
+
+def _weights(model: ModelSpec, text: str, rank: int) -> dict[str, Tensor]:
+    return load(model, parse_layout(text), rank, lambda n, s: draw(model, 0, n, s, dtype=torch.float32, device="cuda"))
+
+
+def _generate(model: ModelSpec, text: str, pool: GroupPool, *, direct: bool = True) -> dict[str, Any]:
     layout, device = parse_layout(text), torch.device("cuda", torch.cuda.current_device())
-    arena = new_arena(cache_shape(MODEL, layout, WORKLOAD, pool.rank).elements, torch.float32, device)
-    engine = Engine(MODEL, layout, WORKLOAD, Mesh(layout, pool), _weights(text, pool.rank), arena)
+    arena = new_arena(cache_shape(model, layout, WORKLOAD, pool.rank).elements, torch.float32, device)
+    weights = _weights(model, text, pool.rank)
+    engine = Engine(model, layout, WORKLOAD, Mesh(layout, pool), weights, arena, direct=direct)
     recorders = Recorder(), Recorder()
     with engine.mesh.observed(recorders[0]):
         engine.prefill(prompts())
@@ -73,7 +92,7 @@ def _generate(text: str, pool: GroupPool) -> dict[str, Any]:
     engine.prefill(prompts())
     first = engine.tokens.clone(), engine.logits.clone()
     decoded = engine.decode(4, keep_logits=True)
-    args = (MODEL, layout, WORKLOAD, pool.rank)
+    args = (model, layout, WORKLOAD, pool.rank)
     predicted = prefill_collectives(*args), decode_collectives(*args)
     issued = [Counter(Collective(i.kind, i.axis, i.bytes) for i in r.issued) for r in recorders]  # type: ignore[arg-type]
     logits = torch.cat([first[1][None], decoded.logits]) if decoded.logits is not None else None
@@ -83,12 +102,13 @@ def _generate(text: str, pool: GroupPool) -> dict[str, Any]:
         "logits": None if logits is None else logits.cpu(),
         "rows": (engine.rows.start, engine.rows.stop),
         "last": engine.stage.last,
+        "decoder": type(engine.decoder).__name__,
     }
 
 
 def _gradients(text: str, pool: GroupPool) -> dict[str, Any]:
     layout, workload = parse_layout(text), replace(WORKLOAD, decode_steps=0, chunk_positions=0, prompt_lengths=())
-    trainer = Trainer(MODEL, layout, workload, Mesh(layout, pool), pool, _weights(text, pool.rank))
+    trainer = Trainer(MODEL, layout, workload, Mesh(layout, pool), pool, _weights(MODEL, text, pool.rank))
     up = upstream().cuda()
     _, gradients = trainer.gradients(prompts(), lambda logits, rows: (logits * up[rows]).sum())
     return {"gradients": {name: gradient.cpu() for name, gradient in gradients.items()}}

@@ -30,6 +30,7 @@ LAYOUTS = (
     "pp2",
     "dp2",
 )
+DIRECT = ("tp2", "n1m2:batch", "n1m2:sequence", "n1m2:gather", "n1m2:batch+gathered", "tp2:fp32", "pp2")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs on this machine"),
@@ -41,6 +42,29 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     folder = tmp_path_factory.mktemp("ranks")
     run(Job("rank_work:run", {"layouts": LAYOUTS, "folder": str(folder)}, 2, "nccl"), log_to=Path(folder) / "logs")
     return {text: [torch.load(folder / f"{k}.{rank}.pt") for rank in range(2)] for k, text in enumerate(LAYOUTS)}
+
+
+@pytest.fixture(scope="module")
+def direct(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("direct")
+    payload = {"layouts": DIRECT, "folder": str(folder)}
+    run(Job("rank_work:run_direct", payload, 2, "nccl"), log_to=Path(folder) / "logs")
+    return {text: [torch.load(folder / f"{k}.{rank}.pt") for rank in range(2)] for k, text in enumerate(DIRECT)}
+
+
+@pytest.mark.parametrize("text", DIRECT)
+def test_decode_through_peers(text: str, direct: dict[str, list[dict[str, Any]]]) -> None:
+    """The same logits as through collectives, but for rounding; and the fault shows, where there are peers."""
+    for rank in direct[text]:
+        assert rank["collectives"]["decoder"] == "Stage"
+        assert rank["peers"]["decoder"] == ("Stage" if text == "pp2" else "DirectStage")
+        assert rank["collectives"]["as_predicted"]
+        assert rank["peers"]["as_predicted"]
+        if rank["peers"]["last"]:
+            truth, found, fault = (rank[way]["logits"] for way in ("collectives", "peers", "fault"))
+            assert torch.equal(rank["collectives"]["tokens"], rank["peers"]["tokens"])
+            assert relative_error(found, truth) < 2e-6
+            assert (relative_error(fault, truth) > 0.1) == (text != "pp2")
 
 
 def _leaves(dtype: torch.dtype) -> dict[str, torch.Tensor]:

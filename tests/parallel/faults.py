@@ -139,11 +139,12 @@ def _skipped_store(phase: str, leftover: float) -> Inject:
     def fault(case: Case, rank: int) -> Iterator[Alter]:
         store = attention.store
 
-        def forgetful(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> None:
+        def forgetful(k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], queries: Queries, keys: Keys = ALL) -> None:
             if ("decode" if queries.decoding else "prefill") == phase:
-                cache.nan_to_num_(leftover)
+                for kept in cache:
+                    kept.nan_to_num_(leftover)
             else:
-                store(new, cache, queries, keys)
+                store(k, v, cache, queries, keys)
 
         with patch.object(attention, "store", forgetful if rank == victim(case) else store):
             yield _nothing
@@ -268,10 +269,11 @@ def _forgotten_chunks(case: Case, rank: int) -> Iterator[None]:
     """One rank loses what earlier chunks of a prompt have cached."""
     store = attention.store
 
-    def forgetful(new: Tensor, cache: Tensor, queries: Queries, keys: Keys = ALL) -> None:
+    def forgetful(k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], queries: Queries, keys: Keys = ALL) -> None:
         if not queries.decoding and queries.starts:
-            cache[:, : keys.before(queries.starts[0])] = 0
-        store(new, cache, queries, keys)
+            for kept in cache:
+                kept[:, : keys.before(queries.starts[0])] = 0
+        store(k, v, cache, queries, keys)
 
     with patch.object(attention, "store", forgetful if rank == victim(case) else store):
         yield

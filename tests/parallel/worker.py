@@ -28,7 +28,7 @@ from headgrid.runtime.engine import Engine
 from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.runtime.meter import LiveBytes
-from headgrid.runtime.stage import StageCall, prefill_call
+from headgrid.runtime.stage import Hidden, StageCall, prefill_call
 from headgrid.runtime.weights import draw, whole
 
 POLL_SECONDS = 0.001
@@ -121,7 +121,7 @@ def _attention_halves(case: Case, engine: Engine) -> dict[str, Tensor]:
             torch.zeros_like(part, dtype=stage.dtype),
             held.new_zeros(len(part)),
         )
-        result[own], mine[own] = stage.attention_half(stage.layers[0], 0, part[own], call), True
+        result[own], mine[own] = stage.attention_half(stage.layers[0], 0, Hidden(part[own]), call), True
         where = rows, slice(positions.start, positions.stop)
         found[where] = result.view(len(rows), len(positions), -1)
         held[where] = mine.view(len(rows), len(positions))

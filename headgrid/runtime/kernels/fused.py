@@ -1,0 +1,101 @@
+"""Small fused kernels for CUDA: sum and norm, cache writes, rotary positions, gates.
+
+Each replaces two to ten kernels of torch, which decode pays for in launches (1 to 8 us each, on a layer of 100 us) and
+prefill in bytes. They compute in fp32 and round once; without CUDA, with gradients, or in fp64 the runtime uses torch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headgrid.spec.model import ModelSpec
+
+_WIDEST = 1 << 15
+
+
+def _kernels() -> Any:
+    from headgrid.runtime.kernels import fused_triton  # Triton exists only where there is a GPU
+
+    return fused_triton
+
+
+def usable(x: Tensor) -> bool:
+    """Whether these kernels take x: on a GPU, of at most 32 bits, with no gradient wanted."""
+    return x.is_cuda and x.dtype != torch.float64 and not torch.is_grad_enabled()
+
+
+def fits(x: Tensor) -> bool:
+    """Whether `add_norm` takes rows x [T, D]: `usable`, dense, and a row fits into one program."""
+    return usable(x) and x.is_contiguous() and x.shape[-1] <= _WIDEST
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, norm: tuple[Tensor, Tensor | None], model: ModelSpec, dtype: torch.dtype
+) -> Tensor:
+    """x [T, D] += y [T, D], if any, in place; returns the model's norm of the sum, [T, D] in `dtype`.
+
+    `norm` is weight [D] and shift [D] or None, of a layer norm (Ba et al. 2016) or one by the root mean square (Zhang,
+    Sennrich 2019), with the model's eps, and its offset of 1 if it has that.
+    """
+    (count, width), (weight, shift) = x.shape, norm
+    out = torch.empty_like(x, dtype=dtype)
+    if count:
+        block = _power(width)
+        _kernels().add_norm[(count,)](
+            x, x if y is None else y, weight, weight if shift is None else shift, out, width, model.norm_eps,
+            ADD=y is not None, RMS=model.norm == "rms", SHIFT=shift is not None, UNIT=model.norm_unit_offset,
+            BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return out
+
+
+def store(
+    k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], starts: Tensor, *, first: int = 0, stride: int = 1
+) -> None:
+    """k [b, s, K, d] and v [b, s, K, u] into the caches [b, S, K, d], [b, S, K, u].
+
+    Query q of sequence i stands at position starts[i] + q (int64 [b]); the cache keeps the positions first,
+    first + stride, ..., and what is at others is left out. A token's heads must lie together, in all four tensors.
+    """
+    (b, s, kv_heads, d), u = k.shape, v.shape[3]
+    if not b * s or not cache[0].shape[1]:
+        return
+    _kernels().store[(b * s,)](
+        k, v, *cache, starts, s, cache[0].shape[1], first, stride,
+        *(x.stride(dim) for x in (k, v, *cache) for dim in (0, 1)),
+        K_WIDTH=kv_heads * d, V_WIDTH=kv_heads * u, K_BLOCK=_power(kv_heads * d), V_BLOCK=_power(kv_heads * u),
+        num_warps=_warps(_power(kv_heads * max(d, u))),
+    )  # fmt: skip
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> None:
+    """Turn channel pairs (c, c + p) of x [b, s, heads, w] in place, by tables cos, sin [positions, 1, p] at the
+    positions starts[i] + q (int64 [b]) of query q of sequence i; 2 p at most w, the last dim dense.
+    """
+    (b, s, heads, _), pairs = x.shape, cos.shape[-1]
+    if not x.numel() or not pairs:
+        return
+    block = _power(pairs)
+    _kernels().rotate[(b * s,)](
+        x, cos, sin, starts, s, heads, x.stride(0), x.stride(1), x.stride(2),
+        PAIRS=pairs, PAIR_BLOCK=block, HEAD_BLOCK=max(1, 2048 // block), num_warps=4,
+    )  # fmt: skip
+
+
+def gate(x: Tensor, kind: str) -> Tensor:
+    """activation(gate) x up of x [T, 2 u], the gate's u columns first: a view [T, u] of these, overwritten."""
+    rows, units = x.shape[0], x.shape[1] // 2
+    if rows:
+        block = min(2048, _power(units))
+        _kernels().gate[(rows, -(-units // block))](x, units, KIND=kind, BLOCK=block, num_warps=4)
+    return x[:, :units]
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _warps(block: int) -> int:
+    """About 16 elements a thread: two loads of 16 bytes in 16-bit dtypes."""
+    return min(16, max(1, block // 512))

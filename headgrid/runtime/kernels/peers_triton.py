@@ -1,0 +1,132 @@
+"""The Triton kernels of `runtime.peers`: they load from the memory of the axis's other GPUs over NVLink.
+
+Every kernel first meets its twins on the other ranks, block by block: when block i goes on, block i of every rank has
+been started, so whatever ran before it in their streams has been written. Signals are set and taken back by
+compare-and-swap, so the pad is zero again afterwards and a CUDA graph can be replayed, as in PyTorch's own barriers of
+symmetric memory.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def meet(signals, RANK: tl.constexpr, SIZE: tl.constexpr):
+    """Wait until this block runs on every rank; memory written before it there can then be read here."""
+    thread = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.uint32, is_pure=True, pack=1)
+    others = tl.arange(0, SIZE)
+    pads = signals.to(tl.pointer_type(tl.uint64))
+    block = tl.program_id(0) * SIZE
+    theirs = tl.load(pads + others).to(tl.pointer_type(tl.uint32)) + block + RANK
+    own = tl.load(pads + RANK).to(tl.pointer_type(tl.uint32)) + block + others
+    if thread < SIZE:
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .u32 %seen;
+                .reg .pred %done;
+                send:
+                    atom.global.release.sys.cas.b32 %seen, [$1], 0, 1;
+                    setp.eq.u32 %done, %seen, 0;
+                    @!%done bra send;
+                take:
+                    atom.global.acquire.sys.cas.b32 %seen, [$2], 1, 0;
+                    setp.eq.u32 %done, %seen, 1;
+                    @!%done bra take;
+                mov.u32 $0, %seen;
+            }
+            """,
+            "=r, l, l",
+            [theirs, own],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    tl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def sum_add_norm(
+    buffers, signals, offset, x_ptr, weight_ptr, shift_ptr, out_ptr, rows, width, eps,
+    RANK: tl.constexpr, SIZE: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, SHIFT: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x += the sum over ranks of their rows at `offset` of the buffer, in fp32 and in rank order; then the norm."""
+    meet(signals, RANK, SIZE)
+    pointers = buffers.to(tl.pointer_type(tl.uint64))
+    cols = tl.arange(0, BLOCK)
+    inside = cols < width
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = row.to(tl.int64) * width + cols
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        for rank in tl.static_range(SIZE):
+            part = tl.load(pointers + rank).to(tl.pointer_type(out_ptr.dtype.element_ty)) + offset
+            x += tl.load(part + at, mask=inside, other=0.0).to(tl.float32)
+        kept = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + at, kept, mask=inside)
+        if NORM:
+            x = kept.to(tl.float32)
+            if not RMS:
+                x = tl.where(inside, x - tl.sum(x) / width, 0.0)
+            x = x / tl.sqrt(tl.sum(x * x) / width + eps)
+            weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            x = x * (1.0 + weight if UNIT else weight)
+            if SHIFT:
+                x += tl.load(shift_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def heads_in(source, target, heads, D: tl.constexpr, W: tl.constexpr, SLICE: tl.constexpr, W_BLOCK: tl.constexpr,
+             HEADS: tl.constexpr):  # fmt: skip
+    """One slice's channels of some heads [heads, W] into their columns of whole heads [heads, D]."""
+    cols = tl.arange(0, W_BLOCK)
+    for start in range(0, heads, HEADS):
+        rows = start + tl.arange(0, HEADS)
+        inside = (rows[:, None] < heads) & (cols[None, :] < W)
+        x = tl.load(source + rows[:, None] * W + cols[None, :], mask=inside)
+        tl.store(target + rows[:, None] * D + SLICE * W + cols[None, :], x, mask=inside)
+
+
+@triton.jit
+def to_rows(
+    buffers, signals, q_ptr, k_ptr, v_ptr, position_ptr, first_row, rows, k_b, k_s, v_b, v_s, heads, kv_heads,
+    RANK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (own sequence): its query from all slices, its key and value into the cache at its position."""
+    meet(signals, RANK, SIZE)
+    row = tl.program_id(0)
+    if row < rows:
+        pointers = buffers.to(tl.pointer_type(tl.uint64))
+        sequence = row.to(tl.int64)
+        position = tl.load(position_ptr + sequence)
+        key = k_ptr + sequence * k_b + position * k_s
+        value = v_ptr + sequence * v_b + position * v_s
+        width = (heads + 2 * kv_heads) * W
+        for rank in tl.static_range(SIZE):
+            base = tl.load(pointers + rank).to(tl.pointer_type(q_ptr.dtype.element_ty))
+            source = base + (first_row + sequence) * width
+            heads_in(source, q_ptr + sequence * heads * D, heads, D, W, rank, W_BLOCK, HEADS)
+            heads_in(source + heads * W, key, kv_heads, D, W, rank, W_BLOCK, HEADS)
+            heads_in(source + (heads + kv_heads) * W, value, kv_heads, D, W, rank, W_BLOCK, HEADS)
+
+
+@triton.jit
+def to_channels(
+    buffers, signals, out_ptr, owner_ptr, place_ptr, offset, heads,
+    RANK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence): this slice's channels [heads, W] of the attention output of the rank that attended to it."""
+    meet(signals, RANK, SIZE)
+    row = tl.program_id(0).to(tl.int64)
+    owner, place = tl.load(owner_ptr + row), tl.load(place_ptr + row)
+    base = tl.load(buffers.to(tl.pointer_type(tl.uint64)) + owner).to(tl.pointer_type(out_ptr.dtype.element_ty))
+    source = base + offset + place * heads * D + RANK * W
+    cols = tl.arange(0, W_BLOCK)
+    for start in range(0, heads, HEADS):
+        rows = start + tl.arange(0, HEADS)
+        inside = (rows[:, None] < heads) & (cols[None, :] < W)
+        x = tl.load(source + rows[:, None] * D + cols[None, :], mask=inside)
+        tl.store(out_ptr + (row * heads + rows[:, None]) * W + cols[None, :], x, mask=inside)

@@ -1,4 +1,4 @@
-"""Launches of the split-KV decode kernel, swept on one GPU: time, bytes a second, share of a device copy.
+"""Launches of the split-KV decode kernels, swept on one GPU: time, bytes a second, share of a device copy.
 
 Each figure is the median of replays of one CUDA graph of 20 calls or more over different caches, together larger than
 any L2 cache, so that what is measured is memory. Every launch is checked against attention in fp32 first.
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headgrid.runtime.kernels import split_kv
-from headgrid.runtime.kernels.split_kv import Merging, Plan
+from headgrid.runtime.kernels.split_kv import LEAST_KEYS, Plan
 
 SPREAD_BYTES = 400 << 20  # caches of one case together, several times an L2 cache
 MARGIN = 32  # positions a cache has beyond the length
@@ -55,7 +55,7 @@ CASES = [
     *(Case(batch, kv_heads, 32 // kv_heads, 1000) for batch, kv_heads in ((1, 32), (1, 1), (8, 8), (128, 2), (128, 8))),
     *(Case(1, 8, 4, 100, 128), Case(32, 8, 4, 10_000, 64), Case(32, 8, 4, 10_000, 256)),
 ]
-TILES = [(64, 4, 3), (32, 4, 4), (64, 4, 4), (64, 2, 3), (32, 2, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3), (64, 8, 3)]
+TILES = [(16, 2, 4), (32, 2, 4), (64, 2, 3), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3)]  # block, warps, stages
 
 
 @dataclass
@@ -106,15 +106,19 @@ def graph_s(work: Callable[[], object], calls: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
+    return timed_s(graph.replay) / calls
+
+
+def timed_s(work: Callable[[], object]) -> float:
     times = []
     for n in range(15):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        work()
         stop.record()
         stop.synchronize()
         if n > 3:
-            times.append(start.elapsed_time(stop) / 1e3 / calls)
+            times.append(start.elapsed_time(stop) / 1e3)
     return statistics.median(times)
 
 
@@ -137,63 +141,49 @@ def measured(data: Caches, launch: Plan) -> float:
 
 
 def copy_bytes_per_s() -> float:
+    """Outside of a graph, where copies are slower: 2760 GB/s on an H200 that copies 4240."""
     source = torch.randn(1 << 29, device="cuda", dtype=torch.float16)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 2 / graph_s(lambda: [target.copy_(source) for _ in range(10)], 10)
+    return 10 * 2 * source.numel() * 2 / timed_s(lambda: [target.copy_(source) for _ in range(10)])
 
 
-def all_splits(case: Case, processors: int) -> list[int]:
-    """From a quarter of a program for each multiprocessor to 8, and at most one for 32 keys."""
-    waves = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
-    found = {round(wave * processors / case.pairs) for wave in waves} | {1, 2, 3, 4}
-    least, most = processors // 4 if case.length > 2000 else 0, max(8 * processors, 4 * case.pairs)
-    return sorted(n for n in found if least <= n * case.pairs <= most and 1 <= n <= max(1, case.length // 32))
+def product(case: Case, device: torch.device) -> Plan:
+    """What the library takes."""
+    chip = split_kv._chip(device)
+    return split_kv.plan(
+        case.pairs, case.length + MARGIN, case.group, 4 * case.width, chip.processors, chip.shared_bytes
+    )
 
 
-def mergings(case: Case, processors: int) -> list[tuple[Merging, int]]:
-    found: list[tuple[Merging, int]] = [("arrive", 1), ("early", 1)]
-    found += [("arrive", shares) for shares in (8, 16) if case.pairs * shares <= processors // 2]
-    if case.pairs <= processors // 2:
-        found.append(("early", 16))
-    return found
-
-
-def sweep(data: Caches, processors: int, note: Callable[[Plan, float], None]) -> dict[Plan, float]:
-    """Merging and splits together, then the tile with splits beside the best."""
+def sweep(data: Caches, first: Plan, note: Callable[[Plan, float], None]) -> dict[Plan, float]:
+    """One choice after the other, each with the best of those before it: about 16 launches."""
     times: dict[Plan, float] = {}
 
-    def see(launch: Plan) -> None:
-        if launch not in times:
-            times[launch] = measured(data, launch)
-            note(launch, times[launch])
+    def best_of(launches: list[Plan]) -> Plan:
+        for launch in launches:
+            if launch not in times:
+                times[launch] = measured(data, launch)
+                note(launch, times[launch])
+        return min(times, key=lambda launch: times[launch])
 
-    case, splits = data.case, all_splits(data.case, processors)
-    see(split_kv.plan(case.pairs, case.length + MARGIN, case.group, 4 * case.width, processors))
-    for merging, shares in mergings(case, processors):
-        for n in splits[::2]:
-            see(Plan(n, *TILES[0], shares, 32, merging))
-    best = min(times, key=lambda launch: times[launch])
-    at = splits.index(best.splits) if best.splits in splits else 0
-    near = splits[max(0, at - 1) : at + 2]
-    for block, warps, stages in TILES:
-        for n in near:
-            see(replace(best, splits=n, block=block, warps=warps, stages=stages))
-    best = min(times, key=lambda launch: times[launch])
-    for n in splits:
-        see(replace(best, splits=n))
-    see(replace(best, merging="after", shares=min(best.shares, 4)))
+    best = best_of([first, replace(first, chained=True)])
+    best = best_of([replace(best, block=block, warps=warps, stages=stages) for block, warps, stages in TILES])
+    most = max(1, data.case.length // LEAST_KEYS)
+    splits = {min(most, max(1, round(best.splits * ratio))) for ratio in (0.5, 0.75, 1.5, 2, 3)}
+    best = best_of([replace(best, splits=n) for n in sorted(splits)])
+    if best.splits > 1:
+        best_of([replace(best, columns=columns) for columns in (16, 32, 64, 256)])
     return times
 
 
-def table(case: Case, times: dict[Plan, float], product: Plan, copy: float) -> None:
+def table(case: Case, times: dict[Plan, float], first: Plan, copy: float) -> None:
     best = sorted(times, key=lambda launch: times[launch])
-    rows = [*best[:3]]
-    for merging in ("arrive", "early", "after"):
-        rows += [launch for launch in best if launch.merging == merging][:1]
-    for launch in dict.fromkeys([*rows, product]):
+    other = [launch for launch in best if launch.chained != best[0].chained][:1]
+    for launch in dict.fromkeys([*best[:4], *other, first]):
         rate = case.size_bytes / times[launch]
-        mark = "*" if launch == best[0] else "p" if launch == product else " "
-        how = f"{launch.splits:4d} x ({launch.block},{launch.warps},{launch.stages}) {launch.merging} {launch.shares}"
+        mark = "*" if launch == best[0] else "p" if launch == first else " "
+        how = f"{launch.splits:4d} x ({launch.block},{launch.warps},{launch.stages}) / {launch.columns}"
+        how += " chained" * launch.chained
         print(
             f"{mark} {case.name:16s} {how:32s} {times[launch] * 1e6:8.2f} us {rate / 1e9:6.0f} GB/s {rate / copy:.3f}"
         )
@@ -208,9 +198,8 @@ def main() -> None:
     options = parser.parse_args()
     began, copy = time.monotonic(), copy_bytes_per_s()
     device = torch.cuda.get_device_properties(0)
-    processors = device.multi_processor_count
-    print(f"{device.name}, {processors} multiprocessors, device copy {copy / 1e9:.0f} GB/s (read + write)")
-    print("* best of the case, p what the product takes: splits x (block, warps, stages) merging shares", flush=True)
+    print(f"{device.name}, {device.multi_processor_count} processors, device copy {copy / 1e9:.0f} GB/s (read + write)")
+    print("* best of the case, p what the product takes: splits x (block, warps, stages) / columns merged", flush=True)
     with open(options.out or "/dev/null", "a", encoding="utf-8") as out:
         for case in CASES:
             if (options.cases and case.name not in options.cases) or time.monotonic() - began > options.seconds:
@@ -223,12 +212,9 @@ def main() -> None:
 
             torch.manual_seed(0)
             data = caches(case)
-            product = split_kv.plan(case.pairs, case.length + MARGIN, case.group, 4 * case.width, processors)
-            if options.product:
-                times = {product: measured(data, product)}
-            else:
-                times = sweep(data, processors, note)
-            table(case, times, product, copy)
+            first = product(case, data.q.device)
+            times = {first: measured(data, first)} if options.product else sweep(data, first, note)
+            table(case, times, first, copy)
             print(f"  {len(times)} launches, {time.monotonic() - began:.0f} s in", flush=True)
             del data
             torch.cuda.empty_cache()

@@ -1,17 +1,14 @@
 """Single kernels of one rank of n2m2 (10 000 tokens, 16 heads of 128 channels, fp16) on one GPU: what layouts copy.
 
-The source of the single-kernel figures in docs/log.md. Run: python benchmarks/kernels.py
+The source of the single-kernel figures in docs/log.md, but for attention in decode, which decode_kernel.py measures.
+Run: python benchmarks/kernels.py
 """
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch.nn import functional as F
-
-from headgrid.runtime import attention
-from headgrid.runtime.attention import Keys, Queries, Rule
 
 TOKENS, HEADS, SLICES, WIDTH = 10_000, 16, 2, 64
 
@@ -67,20 +64,6 @@ def gelus() -> None:
     bench("product with gelu", lambda: epilogue(bias, x, weight.t(), use_gelu=True), flops=flops)
 
 
-def decodes() -> None:
-    """One-query attention over a cache: all keys, and every second one as the exchange `sequence` keeps them."""
-    for batch, kv_heads in ((32, 32), (128, 8), (128, 2), (1, 32)):
-        q = random(batch, 1, 32, 128)
-        k, v = random(batch, TOKENS + 32, kv_heads, 128), random(batch, TOKENS + 32, kv_heads, 128)
-        queries = Queries(1, (TOKENS,) * batch, torch.full((batch,), TOKENS, device="cuda"), decoding=True)
-        size_bytes = 4 * batch * (TOKENS + 1) * kv_heads * 128
-        name, rule = f"decode, batch {batch}, K {kv_heads}", Rule(128**-0.5)
-        bench(name, partial(attention.attend, q, k, v, queries, rule), size_bytes=size_bytes)
-        half = k[:, ::2].contiguous(), v[:, ::2].contiguous()
-        part = partial(attention.attend_part, q, *half, queries, rule, Keys(0, 2))
-        bench(f"{name}, half of the positions", part, size_bytes=size_bytes // 2)
-
-
 if __name__ == "__main__":
-    for group in (joins, stores, gelus, decodes):
+    for group in (joins, stores, gelus):
         group()

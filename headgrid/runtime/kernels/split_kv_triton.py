@@ -1,79 +1,146 @@
-"""The two Triton kernels of `split_kv`. Scores are kept in base 2: exp2 is one instruction."""
+"""The Triton kernels of `split_kv`. Scores are kept in base 2: exp2 is one instruction."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_RUNTIME = ["heads", "splits", "least", "window", "at_first"]  # one compilation serves all of their values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_RUNTIME)
 def partial(
-    q_ptr, k_ptr, v_ptr, partial_ptr, lse_ptr, position_ptr, scale, softcap,
-    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
-    kv_heads, splits, window, at_first, at_stride,
-    CAPPED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, U: tl.constexpr,
-    GROUP_PADDED: tl.constexpr, D_PADDED: tl.constexpr, U_PADDED: tl.constexpr,
-    KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, out_ptr, sum_ptr, position_ptr, out_b, out_h, scale, softcap,
+    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, heads, splits, least, window, at_first, at_stride,
+    CAPPED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, U: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    D_PADDED: tl.constexpr, U_PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SEVERAL: tl.constexpr,
+    EARLY: tl.constexpr, CHAINED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (pair, split): softmax over the split's keys, its weighted sum of values [GROUP, U] and log2-sum."""
-    pair, split = tl.program_id(0), tl.program_id(1)
+    """Program (pair, split): softmax over the split's keys, its weighted sum of values [GROUP, U] and log2-sum.
+
+    A pair with one active split is finished here, the others by `merge`.
+    """
+    if CHAINED:
+        gdc_wait()  # before `merge` is let go: what that reads ahead of its own wait has been written then
+    if EARLY and SEVERAL:
+        gdc_launch_dependents()
+    pair, split, kv_heads = tl.program_id(0), tl.program_id(1), heads // GROUP
     sequence, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     position = tl.load(position_ptr + sequence).to(tl.int32)
-    # keys up to the position: (position - at_first) // at_stride + 1, without dividing a negative number
-    length = (position - at_first + at_stride) // at_stride
-    length = tl.where(position < at_first, 0, length)
-    oldest = tl.maximum(position - window + 1 - at_first, 0)
-    oldest = tl.where(window > 0, (oldest + at_stride - 1) // at_stride, 0)
-    first = tl.maximum(split * KEYS, oldest)
-    last = tl.minimum(split * KEYS + KEYS, length)
     rows, dims, cols = tl.arange(0, GROUP_PADDED), tl.arange(0, D_PADDED), tl.arange(0, U_PADDED)
-    heads = kv_head * GROUP + rows
-    q_at = q_ptr + sequence * q_b + heads[:, None] * q_h + dims[None, :]
+    q_at = q_ptr + sequence * q_b + (kv_head * GROUP + rows[:, None]) * q_h + dims[None, :]
     q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (dims[None, :] < D), other=0.0)
+    if WIDE:
+        q = q.to(tl.float32)
+    oldest, length = _visible(position, window, at_first, at_stride)
+    each, active = length - oldest, 1
+    if SEVERAL:
+        each, active = _division(length - oldest, splits, least)
+    if split >= active:
+        return
+    first = oldest + split * each
+    last = tl.minimum(first + each, length)
+    keys = tl.arange(0, BLOCK)
     top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     norm = tl.zeros([GROUP_PADDED], tl.float32)
     out = tl.zeros([GROUP_PADDED, U_PADDED], tl.float32)
     k_base = k_ptr + sequence * k_b + kv_head * k_h
     v_base = v_ptr + sequence * v_b + kv_head * v_h
-    for start in range(first, last, BLOCK):
-        keys = start + tl.arange(0, BLOCK)
-        inside = keys < last
-        k_in = inside[:, None] & (dims[None, :] < D)
-        k = tl.load(k_base + keys[:, None] * k_s + dims[None, :], mask=k_in, other=0.0)
+    k_at = keys[:, None] * k_s + dims[None, :]  # within a block: 32 bits do
+    v_at = keys[:, None] * v_s + cols[None, :]
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        inside, far = keys < last - start, tl.cast(start, tl.int64)
+        k = tl.load(k_base + far * k_s + k_at, mask=_within(inside, dims, D, D_PADDED), other=0.0)
+        v = tl.load(v_base + far * v_s + v_at, mask=_within(inside, cols, U, U_PADDED), other=0.0)
+        if WIDE:
+            k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if CAPPED:  # tanh(x) = 2 sigmoid(2 x) - 1
             scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-        scores *= 1.4426950408889634
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+        scores = tl.where(inside[None, :], scores * 1.4426950408889634, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
-        v_in = inside[:, None] & (cols[None, :] < U)
-        v = tl.load(v_base + keys[:, None] * v_s + cols[None, :], mask=v_in, other=0.0)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         norm = norm * shrink + tl.sum(weights, 1)
         top = new_top
-    seen = norm > 0  # an empty split has no keys: its log-sum is -inf, its output 0, never NaN
-    lse = tl.where(seen, top + tl.log2(tl.where(seen, norm, 1.0)), float("-inf"))
-    out = out / tl.where(seen, norm, 1.0)[:, None]
-    at = ((sequence * kv_heads * GROUP + heads) * splits + split).to(tl.int64)
-    tl.store(partial_ptr + at[:, None] * U + cols[None, :], out, mask=(rows[:, None] < GROUP) & (cols[None, :] < U))
-    tl.store(lse_ptr + at, lse, mask=rows < GROUP)
+    seen = norm > 0  # without keys the log-sum is -inf and the output 0, never NaN
+    norm = tl.where(seen, norm, 1.0)
+    lse = tl.where(seen, top + tl.log2(norm), float("-inf"))
+    out = out / norm[:, None]
+    mine, inside = kv_head * GROUP + rows, (rows[:, None] < GROUP) & (cols[None, :] < U)
+    if active == 1:
+        out_at = out_ptr + sequence * out_b + mine[:, None] * out_h + cols[None, :]
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(sum_ptr + sequence * heads + mine, lse * 0.6931471805599453, mask=rows < GROUP)
+    else:
+        part = (sequence * heads + mine) * splits + split
+        tl.store(part_ptr + part[:, None] * U + cols[None, :], out, mask=inside)
+        tl.store(lse_ptr + part, lse, mask=rows < GROUP)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def merge(
+    part_ptr, lse_ptr, out_ptr, sum_ptr, position_ptr, out_b, out_h, heads, splits, least, window, at_first, at_stride,
+    U: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program (query head of a sequence, some columns): its parts weighted by their share of the whole sum, in fp32
+    and in the order of the splits.
+    """
+    row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sequence = row // heads
+    position = tl.load(position_ptr + sequence).to(tl.int32)
+    oldest, length = _visible(position, window, at_first, at_stride)
+    _, active = _division(length - oldest, splits, least)
+    if EARLY:  # by all programs: whoever waits for this kernel waits for `partial` through it
+        gdc_launch_dependents()
+        gdc_wait()
+    if active == 1:
+        return
+    top = tl.full([1], -3.0e38, tl.float32)  # finite: -inf less -inf is NaN
+    norm = tl.zeros([1], tl.float32)
+    out = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, active, CHUNK):  # .cg: another processor wrote these while this kernel was there already
+        chunk = start + tl.arange(0, CHUNK)
+        at, inside = row * splits + chunk, chunk < active
+        lses = tl.load(lse_ptr + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        mask = inside[:, None] & (cols[None, :] < U)
+        parts = tl.load(part_ptr + at[:, None] * U + cols[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(lses, 0))
+        weights = tl.exp2(lses - new_top)
+        shrink = tl.exp2(top - new_top)
+        out = out * shrink + tl.sum(parts * weights[:, None], 0)
+        norm = norm * shrink + tl.sum(weights, 0)
+        top = new_top
+    seen = norm > 0
+    norm = tl.where(seen, norm, 1.0)
+    lse = tl.where(seen, top + tl.log2(norm), float("-inf"))
+    at = out_ptr + sequence * out_b + row % heads * out_h + cols
+    tl.store(at, (out / norm).to(out_ptr.dtype.element_ty), mask=cols < U)
+    tl.store(sum_ptr + row + tl.arange(0, 1), lse * 0.6931471805599453)
 
 
 @triton.jit
-def merge(
-    partial_ptr, lse_ptr, out_ptr, sum_ptr, splits, U: tl.constexpr, U_PADDED: tl.constexpr, SPLITS: tl.constexpr
-):  # fmt: skip
-    """Program (sequence, head): the partial outputs weighted by their share of the whole sum, in fp32."""
-    at = tl.program_id(0).to(tl.int64)
-    rows, cols = tl.arange(0, SPLITS), tl.arange(0, U_PADDED)
-    inside = (rows[:, None] < splits) & (cols[None, :] < U)
-    lse = tl.load(lse_ptr + at * splits + rows, mask=rows < splits, other=float("-inf"))
-    top = tl.maximum(tl.max(lse, 0), -3.0e38)  # finite: all splits may be empty
-    weights = tl.exp2(lse - top)
-    norm = tl.sum(weights, 0)
-    weights = weights / tl.where(norm > 0, norm, 1.0)
-    total = tl.where(norm > 0, (top + tl.log2(tl.where(norm > 0, norm, 1.0))) * 0.6931471805599453, float("-inf"))
-    tl.store(sum_ptr + at, total)
-    parts = tl.load(partial_ptr + (at * splits + rows[:, None]) * U + cols[None, :], mask=inside, other=0.0)
-    merged = tl.sum(parts * weights[:, None], 0)
-    tl.store(out_ptr + at * U + cols, merged.to(out_ptr.dtype.element_ty), mask=cols < U)
+def _visible(position, window, at_first, at_stride):
+    """The first and behind the last of the keys that a query at `position` sees; equal where it sees none."""
+    # keys up to the position: (position - at_first) // at_stride + 1, without dividing a negative number
+    length = tl.where(position < at_first, 0, (position - at_first + at_stride) // at_stride)
+    oldest = tl.maximum(position - window + 1 - at_first, 0)
+    oldest = tl.where(window > 0, (oldest + at_stride - 1) // at_stride, 0)
+    return tl.minimum(oldest, length), length
+
+
+@triton.jit
+def _division(keys, splits, least):
+    """Keys of each split, and how many splits have any (one at least): equal shares of what is there now."""
+    each = tl.maximum((keys + splits - 1) // splits, least)
+    each = (each + 15) // 16 * 16
+    return each, tl.maximum((keys + each - 1) // each, 1)
+
+
+@triton.jit
+def _within(inside, dims, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Which elements of a block [keys, PADDED] exist."""
+    mask = inside[:, None]
+    if SIZE < PADDED:
+        mask = mask & (dims[None, :] < SIZE)
+    return mask

@@ -101,8 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule) -> Ten
     if not len(q):
         return nothing(q, k, v)
     if queries.decoding and q.is_cuda and q.dtype != torch.float64:
-        options = {"window": rule.window, "softcap": rule.softcap}
-        return split_kv.decode(q, k, v, queries.at, rule.scale, **options)[0]
+        return attend_one(q, k, v, queries, rule)
     if not rule.is_plain or len(set(queries.starts)) > 1 or _ragged(queries, k.shape[1]):
         return _plain(q, k, v, queries, rule)
     if rule.is_causal:
@@ -110,6 +109,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule) -> Ten
     if not q.is_cuda and (k.shape[-1] != v.shape[-1] or 1 < queries.count < k.shape[1]):
         return _plain(q, k, v, queries, rule)
     return _fused(q, k, v, rule)
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, out: Tensor | None = None) -> Tensor:
+    """`attend` for one query of each sequence on a GPU, to `out` [b, 1, H, u] where that is given."""
+    options = {"window": rule.window, "softcap": rule.softcap, "out": out}
+    return split_kv.decode(q, k, v, queries.at, rule.scale, **options)[0]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:

@@ -47,10 +47,10 @@ class Core:
         self.store(k, v)
         return attention.attend(q, *self.seen(k, v), self.queries, self.rule)
 
-    def attend_stored(self, q: Tensor) -> Tensor:
-        """Attend to all that is in the cache: q [b, s, H, d] -> [b, s, H, u]."""
+    def attend_stored(self, q: Tensor, out: Tensor) -> None:
+        """Attend to all that is in the cache, in a step of decode on a GPU: q [b, 1, H, d] -> out [b, 1, H, u]."""
         assert self.cache is not None
-        return attention.attend(q, *self.cache, self.queries, self.rule)
+        attention.attend_one(q, *self.cache, self.queries, self.rule, out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,8 +103,7 @@ class Shuffle:
         q = self._to_rows(core)
         axis._done(issued, q)
         if self.mine:
-            assert core.cache is not None
-            self.attended[: self.mine] = core.attend_stored(q)[:, 0]
+            core.attend_stored(q, self.attended[: self.mine, None])
         issued = axis._issue("all_to_all", self.mine * heads * u * (axis.size - 1) * size)
         out = q.new_empty(len(self.owners), heads * u)
         _kernels().to_channels[(len(out),)](
@@ -202,7 +201,8 @@ def direct_stage(stage: Stage, plan: tuple[MicroBatch, ...]) -> DirectStage | No
     plain = plain and (layout.residual, layout.output) == ("replicated", "reduce")
     step_bytes = max((mb.size for mb in plan), default=0) * model.hidden_size * stage.dtype.itemsize
     small = 0 < step_bytes <= LARGEST_BYTES and model.hidden_size <= 1 << 14
-    if not (plain and small and layout.tp > 1 and stage.device.type == "cuda" and reachable(stage.mesh.tp)):
+    gpus = stage.device.type == "cuda" and stage.dtype != torch.float64  # the kernels compute in fp32
+    if not (plain and small and gpus and layout.tp > 1 and reachable(stage.mesh.tp)):
         return None
     return DirectStage(stage, plan)
 

@@ -54,3 +54,9 @@ class VerificationFailed(HeadgridError):
     """An arm's numbers do not agree with the single-device reference."""
 
     exit_code = 74
+
+
+class CheckFailed(HeadgridError):
+    """A result contradicts its own records, its predictions or physics."""
+
+    exit_code = 65

@@ -2,7 +2,7 @@
 
 It shares no code with `runtime` and is itself checked against transformers. It is written to be obviously right,
 not fast: whole matrices, one layer at a time, explicit softmax, any dtype. In float64 it is the truth; in the dtype
-of a run it is the noise floor that a layout's error is compared with.
+of a run, and with FP8 linears where the run has these, it is the noise floor that a layout's error is compared with.
 """
 
 import math
@@ -26,10 +26,19 @@ class Reference:
     """A model on one device, its weights fetched layer by layer, so that only one layer is held at a time."""
 
     def __init__(
-        self, model: ModelSpec, get: GetWeight, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        model: ModelSpec,
+        get: GetWeight,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        fp8_linears: bool = False,
     ) -> None:
-        """`get(name)` returns whole weights; they are converted to `dtype` on `device`."""
-        self.model, self.dtype, self.device = model, dtype, torch.device(device)
+        """`get(name)` returns whole weights; they are converted to `dtype` on `device`.
+
+        With `fp8_linears` the projections of attention and the MLP's matrices get both factors rounded to e4m3.
+        """
+        self.model, self.dtype, self.device, self.fp8_linears = model, dtype, torch.device(device), fp8_linears
         self._fetch = get
 
     def _get(self, name: str) -> Tensor:
@@ -37,7 +46,11 @@ class Reference:
 
     def _linear(self, x: Tensor, name: str, part: Biased) -> Tensor:
         bias = self._get(f"{name}.bias") if part in self.model.linear_bias else None
-        return F.linear(x, self._get(f"{name}.weight"), bias)
+        weight = self._get(f"{name}.weight")
+        if self.fp8_linears:
+            product = F.linear(_through_fp8(x), _through_fp8(weight)).to(self.dtype)
+            return product if bias is None else product + bias
+        return F.linear(x, weight, bias)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         """Over the last dim; by root mean squares in fp32 or wider, times weight or 1 + weight."""
@@ -173,6 +186,16 @@ class Reference:
         if self.model.activation in ("silu", "relu"):
             return F.silu(x) if self.model.activation == "silu" else F.relu(x)
         return F.gelu(x, approximate="tanh" if self.model.activation == "gelu_tanh" else "none")
+
+
+def _through_fp8(x: Tensor) -> Tensor:
+    """x [..., K], each of its rows scaled to e4m3's largest number, rounded to e4m3 and scaled back, in fp32 or wider;
+    a row of zeros is left alone.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = wide.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest / torch.finfo(torch.float8_e4m3fn).max)
+    return (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(wide.dtype) * scale
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -9,14 +9,24 @@ from rich.console import Console
 from rich.markup import escape
 
 from headgrid import __version__
-from headgrid.cli import lab, models
+from headgrid.cli import check, lab, models, scale
 from headgrid.errors import HeadgridError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
 _INTERRUPTED = 130
-for _command in (lab.compare, models.generate, models.verify, lab.layouts, lab.report, lab.env):
+_COMMANDS = (
+    lab.compare,
+    scale.scale,
+    models.generate,
+    models.verify,
+    lab.layouts,
+    lab.report,
+    check.check,
+    lab.env,
+)
+for _command in _COMMANDS:
     app.command()(_command)
 
 

@@ -1,9 +1,10 @@
 """The lab's commands: compare layouts, list them, report, describe the machine."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +12,10 @@ from rich.markup import escape
 
 from headgrid.cli.show import Json, Out, console_for, print_table, progress_bar
 from headgrid.errors import InvalidInput, VerificationFailed
+from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
+
+if TYPE_CHECKING:
+    from headgrid.experiment.plan import Wishes
 
 LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 
@@ -36,6 +41,9 @@ def compare(
     text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
+    telemetry_hz: Annotated[
+        float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
+    ] = DEFAULT_HZ,
     out: Out = Path("runs"),
     resume: Annotated[Path | None, typer.Option(help="Go on with a run folder; other options are ignored.")] = None,
     as_json: Json = False,
@@ -52,6 +60,30 @@ def compare(
 
         headgrid compare --resume runs/20261122-130000-compare-seed-small
     """
+    from headgrid.experiment.plan import Wishes
+
+    wishes = Wishes(
+        model=model,
+        arms=_names(arms),
+        ranks=ranks,
+        batch=batch,
+        seq=seq,
+        decode_steps=decode_steps,
+        chunk_positions=chunk_positions,
+        dtype=dtype,
+        blocks=blocks,
+        launches=launches,
+        protocol=protocol,
+        text=text,
+        device=device,
+        seed=seed,
+    )
+    check_hz(telemetry_hz)
+    _compare(wishes, telemetry_hz, resume, out, as_json)
+
+
+def _compare(wishes: "Wishes", telemetry_hz: float, resume: Path | None, out: Path, as_json: bool) -> None:
+    """Carry out a new comparison under `out`, or the rest of the one in `resume`, and tell what came out."""
     from headgrid.experiment import folder, machine, plan, runner
     from headgrid.report.conclude import conclude
     from headgrid.runtime import launch
@@ -59,39 +91,23 @@ def compare(
     console = console_for(as_json)
     joined = launch.joined_by_torchrun()
     if resume is None:
-        wishes = plan.Wishes(
-            model=model,
-            arms=_names(arms),
-            ranks=ranks,
-            batch=batch,
-            seq=seq,
-            decode_steps=decode_steps,
-            chunk_positions=chunk_positions,
-            dtype=dtype,
-            blocks=blocks,
-            launches=launches,
-            protocol=protocol,
-            text=text,
-            device=device,
-            seed=seed,
-            started_ranks=launch.torchrun_rank()[1] if joined else None,
-        )
-        design, notes = plan.make(wishes)
+        started = launch.torchrun_rank()[1] if joined else None
+        design, notes = plan.make(dataclasses.replace(wishes, started_ranks=started))
         for note in notes:
             console.print(escape(note), style="yellow")
         backend, open_run = design.backend, lambda: folder.create(design, machine.environment(), out)
     else:
-        backend, open_run = machine.backend(device), lambda: resume
+        backend, open_run = machine.backend(wishes.device), lambda: resume
         if not joined:
             plan.recheck(folder.open_run(resume)[0])
     if joined:
-        run = runner.carry_out_joined(backend, open_run)
+        run = runner.carry_out_joined(backend, open_run, telemetry_hz)
         if run is None:
             return
     else:
         run = open_run()
         with progress_bar(console) as show:
-            runner.carry_out(run, show)
+            runner.carry_out(run, show, telemetry_hz)
     summary = conclude(run)
     _print_summary(console, summary)
     console.print(f"report: {run / 'report.html'}", soft_wrap=True)
@@ -124,9 +140,12 @@ def _interval(figure: dict[str, Any] | None, scale: float, digits: int) -> str:
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
+    from headgrid.report.naming import names
+
+    called = names(summary, "\n")
     rows = [
         (
-            arm["label"],
+            called[arm["label"]],
             "yes" if arm["verified"] else "NO",
             f"{arm['relative_error']:.2g}" if arm["relative_error"] is not None else "unknown",
             _interval(arm["prefill_tokens_per_s"], 1, 0),
@@ -139,7 +158,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     print_table(console, f"{summary['device']}: arms", columns, rows)
     baseline = next(arm["label"] for arm in summary["arms"] if arm["role"] == "baseline")
     pairs = [
-        (row["a"], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
+        (called[row["a"]], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
         for row in summary["comparisons"]
         if row["b"] == baseline
     ]

@@ -280,6 +280,8 @@ class _Streamed:
 
 
 def _print_generation(console: Console, answer: dict[str, Any], streamed: _Streamed | None) -> None:
+    from headgrid.layout.layout import parse_layout
+
     if streamed is not None:
         streamed.end()
     elif answer["text"] is not None:
@@ -293,6 +295,8 @@ def _print_generation(console: Console, answer: dict[str, Any], streamed: _Strea
     figures += f"TTFT {answer['ttft_s'] * 1e3:,.1f} ms, end to end {answer['end_to_end_s']:,.2f} s"
     figures += f", decode {rate:,.1f} tokens/s" if rate is not None else ""
     console.print(f"{figures}; weights read in {answer['load_s']:,.2f} s", style="dim")
+    if parse_layout(answer["layout"]).linears == "fp8":
+        console.print("linears in FP8, whose error is not measured here: headgrid verify states it", style="yellow")
 
 
 def _print_verdict(console: Console, answer: dict[str, Any]) -> None:
@@ -307,6 +311,9 @@ def _print_verdict(console: Console, answer: dict[str, Any]) -> None:
     ]
     title = f"{answer['model']} on {answer['layout']} ({answer['dtype']}, {answer['device']}), against fp64"
     print_table(console, title, ("", "relative error", "one device, same dtype", "bound"), rows)
+    if answer["unquantised_floor"] is not None:
+        floor = _number(answer["unquantised_floor"])
+        console.print(f"linears in FP8 on both; the output of one device without FP8: {floor}")
     if answer["greedy"] is not None:
         found = answer["greedy"]
         console.print(f"greedy tokens: {found['matched']} of {found['compared']} equal, {found['ties']} near-ties")

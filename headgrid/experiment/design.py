@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from headgrid.layout.batching import owned_rows
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, divisors, is_legal
 from headgrid.layout.span import balanced
-from headgrid.spec.model import ModelSpec
+from headgrid.spec.model import ModelSpec, model_from
 from headgrid.spec.workload import Workload
 
 Role = Literal["baseline", "aa", "arm"]
@@ -25,6 +25,13 @@ Device = Literal["cpu", "cuda"]
 
 SENSITIVE = 0.10
 """A negative control that moves the logits by less proves nothing about a model, and then no arm is called verified."""
+ENOUGH_TOKENS = 16
+"""Of fewer tokens an error is chance: such a phase is judged with all the others."""
+
+
+def allowed_multiple(dtype: str, ranks: int) -> float:
+    """How far above the noise floor a layout's relative error may lie: 1.5, and 2 in 16 bits on more than 4 ranks."""
+    return 2.0 if dtype in ("float16", "bfloat16") and ranks > 4 else 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,8 @@ class Design:
     model: ModelSpec
     workload: Workload
     arms: tuple[Arm, ...]
-    control: str
+    control: str | None
+    """The negative control; None on one rank, where no cut of the channels can be left without its exchange."""
     ranks: int
     device: Device
     text: Text
@@ -101,18 +109,25 @@ class Design:
         flat |= {"text": asdict(self.text), "protocol": protocol.pop("name"), **protocol}
         flat |= {"checkpoint": self.checkpoint} if self.checkpoint is not None else {}
         flat["order"] = [[list(block) for block in launch] for launch in self.order]
-        declared = json.dumps({k: v for k, v in flat.items() if k != "created"}, sort_keys=True)
-        return flat | {"hash": hashlib.sha256(declared.encode()).hexdigest()}
+        return flat | {"hash": hash_of(flat)}
+
+
+def hash_of(flat: Mapping[str, Any]) -> str:
+    """The hash of a design's JSON form, which covers all of it but itself and the time."""
+    declared = json.dumps({k: v for k, v in flat.items() if k not in ("created", "hash")}, sort_keys=True)
+    return hashlib.sha256(declared.encode()).hexdigest()
 
 
 def from_dict(data: dict[str, Any]) -> Design:
-    """The inverse of `Design.to_dict`. Raises InvalidInput if the hash does not fit."""
+    """The inverse of `Design.to_dict`, also of older versions. Raises InvalidInput if the hash does not fit."""
+    if hash_of(data) != data.get("hash"):
+        raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
     protocol_fields = {f.name for f in fields(Protocol)} - {"name"}
     design = Design(
         name=data["name"],
         created=data["created"],
         headgrid_version=data["headgrid_version"],
-        model=ModelSpec(**data["model"]),
+        model=model_from(data["model"]),
         workload=Workload(**data["workload"]),
         arms=tuple(Arm(**arm) for arm in data["arms"]),
         control=data["control"],
@@ -123,8 +138,6 @@ def from_dict(data: dict[str, Any]) -> Design:
         order=tuple(tuple(tuple(block) for block in launch) for launch in data["order"]),
         checkpoint=data.get("checkpoint"),
     )
-    if design.to_dict()["hash"] != data.get("hash"):
-        raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
     return design
 
 
@@ -173,8 +186,13 @@ def gathered_arms(model: ModelSpec, ranks: int) -> tuple[str, ...]:
     return tuple(name for name in names if is_legal(model, parse_layout(name)))
 
 
-def control_layout(model: ModelSpec, ranks: int) -> str:
-    """The negative control: softmax per slice, without the sum. Another function, which verification must reject."""
+def control_layout(model: ModelSpec, ranks: int) -> str | None:
+    """The negative control: softmax per slice, without the sum. Another function, which verification must reject.
+
+    None on one rank. Raises InvalidLayout where no grid has slices.
+    """
+    if ranks == 1:
+        return None
     grid = _grid(model, ranks)
     if grid is None:
         raise InvalidLayout(f"no n x m grid of {model.name} fits {ranks} ranks, so there is no negative control")

@@ -14,9 +14,12 @@ from headgrid.experiment.journal import Journal, read
 
 def create(design: Design, environment: dict[str, Any], out: Path) -> Path:
     """Make the run folder with design and environment. Nothing is left half-written: the folder appears whole."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = out / f"{stamp}-{design.name}"
-    building = out / f".{folder.name}.{os.getpid()}"
+    return create_at(out / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{design.name}", design, environment)
+
+
+def create_at(folder: Path, design: Design, environment: dict[str, Any]) -> Path:
+    """The same with the folder's own path. Raises InvalidInput where it cannot be written."""
+    building = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         building.mkdir(parents=True)
         write_json(building / "design.json", design.to_dict())

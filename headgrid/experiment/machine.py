@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ def source_sha256() -> str:
 
 def gpu_rows() -> list[dict[str, Any]]:
     """Name, driver, memory, power limit and clocks of every GPU, by NVML; empty without one."""
+    return _of_gpus(_gpu_row)
+
+
+def compute_capabilities() -> list[tuple[int, int]]:
+    """CUDA compute capability of every GPU, by NVML; empty without one."""
+    import pynvml
+
+    return [(major, minor) for major, minor in _of_gpus(pynvml.nvmlDeviceGetCudaComputeCapability)]
+
+
+def _of_gpus(question: Callable[[Any], Any]) -> list[Any]:
+    """The answer to an NVML question of every GPU; empty without one."""
     import pynvml
 
     try:
@@ -84,7 +97,7 @@ def gpu_rows() -> list[dict[str, Any]]:
         return []
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [_gpu_row(handle) for handle in handles]
+        return [question(handle) for handle in handles]
     finally:
         pynvml.nvmlShutdown()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headgrid.errors import InvalidInput, InvalidLayout, NotAvailable
-from headgrid.experiment import budget
+from headgrid.experiment import budget, fp8
 from headgrid.experiment.design import Device
 from headgrid.experiment.machine import ensure_devices, look
 from headgrid.layout.layout import Layout, parse_layout
@@ -75,6 +75,7 @@ def settle(wanted: Wanted, batch: int) -> Settled:
     ensure_devices(machine, ranks, started=wanted.started_ranks is not None)
     layout = asked or default_layout(pretrained.spec, ranks, batch)
     check(pretrained.spec, layout, ranks=ranks)
+    fp8.ensure(pretrained.spec, [layout], machine.device)
     free_bytes = look(ranks, machine.device).free_bytes
     return Settled(pretrained, layout, dtype or pretrained.dtype, machine.device, free_bytes)
 

@@ -52,7 +52,8 @@ class CollectiveTimer:
             row = rows[f"{issued.kind}/{issued.axis}/{where}"]
             row["calls"] += 1
             row["bytes_per_rank"] += issued.bytes
-            row["time_s"] = None if issued.overlapped else row["time_s"] + seconds(start, end)
+            known = row["time_s"] is not None and not issued.overlapped  # an equal call may be either
+            row["time_s"] = row["time_s"] + seconds(start, end) if known else None
         return dict(rows)
 
 

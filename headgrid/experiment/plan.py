@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headgrid.errors import InvalidInput, NotAvailable
-from headgrid.experiment import budget
+from headgrid.experiment import budget, fp8
 from headgrid.experiment.design import (
     SEED_PROTOCOL,
     Design,
@@ -44,6 +44,8 @@ class Wishes:
     seed: int = 0
     started_ranks: int | None = None
     """Ranks that a launcher has already started, on this host and perhaps on others."""
+    least_ranks: int = 2
+    """One rank is nothing to compare layouts on, but where a study of scaling begins."""
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -68,16 +70,26 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(wishes: Wishes) -> tuple[Design, list[str]]:
-    """The design, and what had to be decided that the user should know. Raises before any process starts."""
+def default_model(machine: Machine) -> str:
+    """The model that is run where none is named."""
+    return _DEFAULTS[machine.device]["model"]
+
+
+def check_names(wishes: Wishes) -> None:
+    """Raise InvalidInput for a device or dtype that is not known."""
     if wishes.device not in (None, "cpu", "cuda"):
         raise InvalidInput(f"device {wishes.device!r} is not known", legal=("cpu", "cuda"))
     if wishes.dtype in ("float64", "fp64"):
         raise InvalidInput("float64 is the reference's own dtype", legal=("float32", "float16", "bfloat16"))
+
+
+def make(wishes: Wishes) -> tuple[Design, list[str]]:
+    """The design, and what had to be decided that the user should know. Raises before any process starts."""
+    check_names(wishes)
     machine = look(wishes.started_ranks or wishes.ranks, wishes.device)  # type: ignore[arg-type]
     ranks = _ranks(wishes, machine)
     default = _DEFAULTS[machine.device]
-    model, folder = find_spec(wishes.model or default["model"])
+    model, folder = find_spec(wishes.model or default_model(machine))
     if not model.is_causal:
         raise InvalidInput(
             f"{model.name} is bidirectional, and a comparison times decoding too", legal=("a causal --model",)
@@ -94,8 +106,10 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
         raise InvalidInput("no arms to compare", legal=("--arms tp8pp2,n4m4:batch",))
     workload = _workload(wishes, default, model)
     layouts = list(dict.fromkeys(map(parse_layout, arms)))
-    for layout in (*layouts, parse_layout(control_layout(model, ranks))):
+    control = control_layout(model, ranks)
+    for layout in (*layouts, *([parse_layout(control)] if control else [])):
         check(model, layout, workload, ranks)
+    fp8.ensure(model, layouts, machine.device)
     if wishes.batch is None:
         fits = budget.largest_batch(model, layouts, workload, machine.device, machine.free_bytes, workload.batch)
         if 0 < fits < workload.batch:
@@ -118,7 +132,8 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
 def recheck(design: Design) -> None:
     """Raise what `make` would raise if a resumed design does not fit this machine, before any process starts."""
     machine = look(design.ranks, design.device)
-    _ranks(Wishes(ranks=design.ranks), machine)
+    _ranks(Wishes(ranks=design.ranks, least_ranks=1), machine)
+    fp8.ensure(design.model, design.layouts, design.device)
     budget.ensure_fits(design.model, design.layouts, design.workload, design.device, machine.free_bytes)
 
 
@@ -136,7 +151,7 @@ def _ranks(wishes: Wishes, machine: Machine) -> int:
             )
     ranks = wishes.ranks or wishes.started_ranks or machine.num_devices
     ensure_devices(machine, ranks, started=wishes.started_ranks is not None)
-    if ranks < 2:
+    if ranks < wishes.least_ranks:
         raise NotAvailable("a comparison of layouts needs at least 2 devices", legal=("--device cpu",))
     return ranks
 

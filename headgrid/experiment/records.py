@@ -81,3 +81,22 @@ def is_complete(design: Mapping[str, Any], records: Sequence[Record]) -> bool:
     checked = {record["arm"] for record in of_kind(records, "verify")}
     every_arm = all(arm["label"] in checked for arm in design["arms"])
     return end is not None and end["completed"] is True and every_arm and missing_blocks(design, records)[0] == 0
+
+
+def done_blocks(records: Sequence[Record], index: int) -> list[int]:
+    """The timed blocks of launch `index` that ran all verified arms in the same processes.
+
+    A block that was cut is done again: half of it in other processes would not be a pair. Warm-up always is.
+    """
+    mine = [record for record in records if record["launch"] == index]
+    verified = {record["arm"] for record in mine if record["kind"] == "verify" and record["verified"]}
+    arms: dict[tuple[int, int], set[str]] = {}
+    for record in mine:
+        if record["kind"] == "block" and not record["warmup"]:
+            arms.setdefault((record["block"], record.get("attempt", 0)), set()).add(record["arm"])
+    return sorted({block for (block, _), found in arms.items() if found >= verified})
+
+
+def finished_launches(records: Sequence[Record]) -> set[int]:
+    """Launches that came to their end."""
+    return {r["launch"] for r in records if r["kind"] == "end" and r["completed"]}

@@ -1,15 +1,23 @@
 """Carries out a design: its launches one after the other, each on fresh ranks."""
 
+import hashlib
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from headgrid.errors import InvalidInput
 from headgrid.experiment.design import Design
 from headgrid.experiment.folder import open_run
+from headgrid.experiment.records import done_blocks, finished_launches
+from headgrid.experiment.telemetry import DEFAULT_HZ, Sampler, sampling
 from headgrid.runtime import launch
 
 TARGET = "headgrid.experiment.worker:run_launch"
@@ -24,40 +32,42 @@ class Progress:
     latest: str
 
 
-def done_blocks(records: list[dict[str, Any]], index: int) -> list[int]:
-    """The timed blocks of launch `index` that ran all verified arms in the same processes.
+def carry_out(folder: Path, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ) -> None:
+    """Run every launch that the journal does not show as finished, on ranks of this host.
 
-    A block that was cut is done again: half of it in other processes would not be a pair. Warm-up always is.
+    Beside them a process samples telemetry `telemetry_hz` times a second (0: none).
     """
-    mine = [record for record in records if record["launch"] == index]
-    verified = {record["arm"] for record in mine if record["kind"] == "verify" and record["verified"]}
-    arms: dict[tuple[int, int], set[str]] = {}
-    for record in mine:
-        if record["kind"] == "block" and not record["warmup"]:
-            arms.setdefault((record["block"], record["attempt"]), set()).add(record["arm"])
-    return sorted({block for (block, _), found in arms.items() if found >= verified})
+    design, _ = open_run(folder)
+    with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
+        for index in range(design.protocol.launches):
+            _carry_out_launch(folder, index, on_progress, sampler)
 
 
-def finished_launches(records: list[dict[str, Any]]) -> set[int]:
-    """Launches that came to their end."""
-    return {r["launch"] for r in records if r["kind"] == "end" and r["completed"]}
+def carry_out_launch(
+    folder: Path, index: int, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ
+) -> None:
+    """Run launch `index`, or what the journal lacks of it, as `carry_out` does."""
+    design, _ = open_run(folder)
+    with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
+        _carry_out_launch(folder, index, on_progress, sampler)
 
 
-def carry_out(folder: Path, on_progress: Callable[[Progress], None]) -> None:
-    """Run every launch that the journal does not show as finished, on ranks of this host."""
+def _carry_out_launch(
+    folder: Path, index: int, on_progress: Callable[[Progress], None], sampler: Sampler | None
+) -> None:
     design, records = open_run(folder)
-    watch = _Watch(folder, design, on_progress)
-    for index in range(design.protocol.launches):
-        if index not in finished_launches(records):
-            job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
-            launch.run(job, on_poll=watch, log_to=folder / "logs")
-            watch()
+    if index not in finished_launches(records):
+        watch = _Watch(folder, design, on_progress, sampler)
+        job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
+        launch.run(job, on_poll=watch, log_to=folder / "logs")
+        watch()
 
 
-def carry_out_joined(backend: str, open_folder: Callable[[], Path]) -> Path | None:
+def carry_out_joined(backend: str, open_folder: Callable[[], Path], telemetry_hz: float = DEFAULT_HZ) -> Path | None:
     """The same inside ranks that torchrun started: one launch, since the processes are given.
 
     Only rank 0 uses the folder that `open_folder` returns, and gets it back; the others need no common file system.
+    Telemetry is that of rank 0's host.
     """
     rank, _ = launch.torchrun_rank()
     with launch.joined(backend):
@@ -66,7 +76,10 @@ def carry_out_joined(backend: str, open_folder: Callable[[], Path]) -> Path | No
             raise InvalidInput(f"the run in {folder} needs {design.backend}, these ranks have {backend}")
         payload = json.loads(launch.share_text(json.dumps(_next_payload(folder) if folder else None)))
         if payload is not None:
-            launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend))
+            with sampling(folder, telemetry_hz, gpus=backend == "nccl") if folder else nullcontext() as sampler:
+                if sampler is not None:
+                    sampler.follow(child.pid for child in psutil.Process(os.getppid()).children())
+                launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend))
     return folder
 
 
@@ -84,20 +97,30 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
         "launch": index,
         "done": done_blocks(records, index),
         "attempt": sum(record["kind"] == "launch" and record["launch"] == index for record in records),
+        "environment_sha256": hashlib.sha256((folder / "env.json").read_bytes()).hexdigest(),
         "started": time.time(),
     }
 
 
-class _Watch:
-    """Follows the journal while ranks write it."""
+def expected_records(design: Design) -> int:
+    """About how many records the journal of a finished run has."""
+    protocol, arms = design.protocol, len(design.arms)
+    pipelines = sum(layout.pp > 1 for layout in design.layouts)
+    return protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
 
-    def __init__(self, folder: Path, design: Design, report: Callable[[Progress], None]) -> None:
-        self._path, self._report, self._size = folder / "journal.jsonl", report, -1
-        protocol, arms = design.protocol, len(design.arms)
-        pipelines = sum(layout.pp > 1 for layout in design.layouts)
-        self._total = protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+
+class _Watch:
+    """Follows the journal while ranks write it, and tells the sampler which processes the ranks are."""
+
+    def __init__(
+        self, folder: Path, design: Design, report: Callable[[Progress], None], sampler: Sampler | None
+    ) -> None:
+        self._path, self._report, self._size, self._sampler = folder / "journal.jsonl", report, -1, sampler
+        self._total = expected_records(design)
 
     def __call__(self) -> None:
+        if self._sampler is not None:
+            self._sampler.follow(child.pid for child in multiprocessing.active_children() if child.pid is not None)
         size = self._path.stat().st_size
         if size != self._size:
             self._size = size

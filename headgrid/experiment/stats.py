@@ -11,10 +11,12 @@ docs/run-folder.md; a block's time is the slowest rank's; warm-up blocks never e
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from headgrid.experiment import cautions
+from headgrid.experiment.accuracy import with_fp8
 from headgrid.experiment.records import (
     MIN_LAUNCHES,
     BlockKey,
@@ -165,11 +167,14 @@ def _timing(workload: Mapping[str, Any], prefill: Times, decode: Times) -> dict[
 
 
 def _memory(ranks: Sequence[Mapping[str, Any]] | None) -> dict[str, int | None] | None:
-    """Bytes of each part on the rank that has most of it; `total` is the largest sum of one rank."""
+    """Bytes of each part on the rank that has most of it; `total` is the largest sum of one rank, in which activations
+    have communication buffers among them.
+    """
     if not ranks:
         return None
     rows: list[list[Any]] = [[rank.get(f"{part}_bytes") for part in MEMORY_PARTS] for rank in ranks]
-    rows = [[*row, None if None in row else sum(row)] for row in rows]
+    counted = [part != "communication_buffer" for part in MEMORY_PARTS]
+    rows = [[*row, None if None in row else sum(compress(row, counted))] for row in rows]
     columns = zip((*MEMORY_PARTS, "total"), zip(*rows, strict=True), strict=True)
     return {part: _known(max, column) for part, column in columns}
 
@@ -312,7 +317,7 @@ def summarise(design: Mapping[str, Any], records: Sequence[Record]) -> dict[str,
         "schema": 1,
         "run": None,
         "device": design["device"],
-        "arms": [_arm(design, records, arm) for arm in design["arms"]],
+        "arms": with_fp8([_arm(design, records, arm) for arm in design["arms"]]),
         "comparisons": _comparisons(design, records),
         "negative_control_rejected": control and control["rejected"],
         "control": control,

@@ -1,6 +1,7 @@
 """Is an arm's result the model's? Its logits against the single-device fp64 reference, on the very same input.
 
-The yardstick is the noise floor: the error of the plain single-device model in the run's own dtype.
+The yardstick is the noise floor: the error of the plain single-device model in the run's own dtype, for an arm with FP8
+linears that of the model with such linears. How far apart the two floors are is stated with every such arm.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headgrid.experiment.design import ENOUGH_TOKENS, allowed_multiple
+from headgrid.layout.layout import Linears
 from headgrid.reference import GetWeight, Reference, relative_error
 from headgrid.spec.model import ModelSpec
-
-
-def allowed_multiple(dtype: str, ranks: int) -> float:
-    """How far above the noise floor a layout's relative error may lie: 1.5, and 2 in 16 bits on more than 4 ranks."""
-    return 2.0 if dtype in ("float16", "bfloat16") and ranks > 4 else 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +32,18 @@ class Trace:
 @dataclass(frozen=True, slots=True)
 class Truth:
     """Logits [n, 1 + steps, vocab] of the fp64 reference, and [orders, n, 1 + steps, vocab] of the plain model in the
-    run's dtype with its channels in so many orders; in float64.
+    run's dtype, and with the arm's linears, with its channels in so many orders; in float64.
+
+    `unquantised` are the same without FP8 linears, for an arm that has these.
     """
 
     reference: Tensor
     floors: Tensor
+    unquantised: Tensor | None = None
 
 
 ORDERS = 3
 """How often the floor is computed: of a few tokens one computation's error is chance."""
-
-
-_ENOUGH_TOKENS = 16
 
 
 def channel_order(hidden_size: int, order: int) -> Tensor:
@@ -79,39 +77,54 @@ class Oracle:
         """`prompts` [n, seq] are the sequences to verify; `whole(name)` gives weights as the run holds them."""
         self.prompts = prompts
         orders = [reordered(whole, model.hidden_size, order) for order in range(ORDERS)]
-        self._models = [
-            Reference(model, whole, torch.float64, device),
-            *(Reference(model, get, dtype, device) for get in orders),
-        ]
-        self._known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._exact = Reference(model, whole, torch.float64, device)
+        self._plain: dict[Linears, list[Reference]] = {
+            "model": [Reference(model, get, dtype, device) for get in orders],
+            "fp8": [Reference(model, get, dtype, device, fp8_linears=True) for get in orders],
+        }
+        self._known: dict[tuple[int, tuple[int, ...], Linears], Tensor] = {}
 
-    def truth(self, tokens: Tensor, mine: Sequence[int], share: Callable[[Tensor], Tensor]) -> Truth:
-        """Reference logits for each prompt followed by these greedy tokens [n, 1 + steps].
+    def truth(
+        self, tokens: Tensor, mine: Sequence[int], share: Callable[[Tensor], Tensor], linears: Linears = "model"
+    ) -> Truth:
+        """Reference logits for each prompt followed by these greedy tokens [n, 1 + steps] of an arm with such linears.
 
         This rank computes the sequences `mine`; `share` sums over ranks that divide the sequences among them.
         """
-        keys = {i: (i, tuple(tokens[i].tolist())) for i in mine}
+        kinds: list[Linears] = ["model", *(["fp8"] if linears == "fp8" else [])]  # pyright: ignore[reportAssignmentType]
+        vocab, size = self._exact.model.vocab_size, 1 + ORDERS * len(kinds)
+        every = torch.zeros(size, *tokens.shape, vocab, dtype=torch.float64, device=self._exact.device)
         for i in mine:
-            if keys[i] not in self._known:  # one at a time: a long sequence in fp64 fills what the arms leave of a GPU
-                inputs = torch.cat([self.prompts[i].cpu(), tokens[i, :-1].cpu()])[None]
-                found = [model.logits(inputs, tokens.shape[1])[0].double() for model in self._models]
-                self._known[keys[i]] = torch.stack(found)
-        vocab = self._models[0].model.vocab_size
-        every = torch.zeros(1 + ORDERS, *tokens.shape, vocab, dtype=torch.float64, device=self._models[0].device)
-        for i in mine:
-            every[:, i] = self._known[keys[i]]
+            every[:, i] = torch.cat([self._logits(i, tokens[i], kind) for kind in kinds])
         every = share(every)
-        return Truth(every[0], every[1:])
+        floors = every[1:].split(ORDERS)
+        return Truth(every[0], floors[-1], floors[0] if linears == "fp8" else None)
+
+    def _logits(self, i: int, tokens: Tensor, linears: Linears) -> Tensor:
+        """[orders, 1 + steps, vocab] of sequence i and its continuation; with the model's own linears behind [1, ...]
+        of the fp64 reference.
+        """
+        key = i, tuple(tokens.tolist()), linears
+        if key not in self._known:  # one at a time: a long sequence in fp64 fills what the arms leave of a GPU
+            inputs = torch.cat([self.prompts[i].cpu(), tokens[:-1].cpu()])[None]
+            models = [self._exact] * (linears == "model") + self._plain[linears]
+            self._known[key] = torch.stack([model.logits(inputs, len(tokens))[0].double() for model in models])
+        return self._known[key]
 
 
 def _phase(trace: Tensor, truth: Truth, positions: slice, multiple: float) -> dict[str, Any]:
     """The comparison of some positions."""
     floors = truth.floors[:, :, positions]
-    return compared(trace[:, positions], truth.reference[:, positions], floors, multiple)
+    unquantised = None if truth.unquantised is None else truth.unquantised[:, :, positions]
+    return compared(trace[:, positions], truth.reference[:, positions], floors, multiple, unquantised)
 
 
-def compared(actual: Tensor, expected: Tensor, floors: Tensor, multiple: float) -> dict[str, Any]:
-    """Relative L2 error beside the floor's, the largest of `floors` [orders, ...], and the verdict."""
+def compared(
+    actual: Tensor, expected: Tensor, floors: Tensor, multiple: float, unquantised: Tensor | None = None
+) -> dict[str, Any]:
+    """Relative L2 error beside the floor's, the largest of `floors` [orders, ...], and the verdict; for an arm with FP8
+    linears also the floor of the model without, of `unquantised` [orders, ...].
+    """
     error, noise = relative_error(actual, expected), floor_of(floors, expected)
     return {
         "tokens": actual[..., 0].numel(),
@@ -120,6 +133,7 @@ def compared(actual: Tensor, expected: Tensor, floors: Tensor, multiple: float) 
         "floor": noise,
         "bound": multiple * noise,
         "passed": error <= multiple * noise,
+        **({} if unquantised is None else {"unquantised_floor": floor_of(unquantised, expected)}),
     }
 
 
@@ -163,7 +177,7 @@ def judge(
     if trace.logits.shape[1] > 1:
         phases["decode"] = phase(positions=slice(1, None))
     for each in phases.values():  # of a few tokens an error is chance: they count with all the others
-        each["passed"] = whole["passed"] and (each["passed"] or each["tokens"] < _ENOUGH_TOKENS)
+        each["passed"] = whole["passed"] and (each["passed"] or each["tokens"] < ENOUGH_TOKENS)
     greedy = _greedy(trace, truth, multiple)
     failed = [name for name, result in phases.items() if not result["passed"]]
     reasons = [*broken, *(f"{name} error above its bound" for name in failed)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headgrid.experiment.design import allowed_multiple
 from headgrid.experiment.generate import loaded
 from headgrid.experiment.model_job import Events, Listener
 from headgrid.experiment.observe import as_predicted
@@ -17,7 +18,6 @@ from headgrid.experiment.verify import (
     ORDERS,
     Trace,
     Truth,
-    allowed_multiple,
     channel_order,
     compared,
     finite,
@@ -78,7 +78,9 @@ class Truths:
 
         orders = [reordered(whole, spec.hidden_size, order) for order in range(ORDERS)]
         self.exact = Reference(spec, whole, torch.float64, device)
-        self.plain = [Reference(spec, get, model.dtype, device) for get in orders]
+        fp8 = model.layout.linears == "fp8"
+        self.plain = [Reference(spec, get, model.dtype, device, fp8_linears=fp8) for get in orders]
+        self.unquantised = [Reference(spec, whole, model.dtype, device)] * fp8
         self.other = Reference(replace(spec, attention_scale=spec.scale / 2), whole, model.dtype, device)
         self.layers = torch.zeros(spec.num_layers, 3, dtype=torch.float64, device=device)
         self.moved = torch.zeros(2, dtype=torch.float64, device=device)
@@ -88,7 +90,8 @@ class Truths:
 
         `states` are the layers' results, of which the errors are added up.
         """
-        shape = 1 + ORDERS, len(self.ids), outputs, self.model.spec.output_size
+        models = 1 + ORDERS + len(self.unquantised)
+        shape = models, len(self.ids), outputs, self.model.spec.output_size
         every = torch.zeros(shape, dtype=torch.float64, device=self.model.device)
         for i in self.mine:
             text = torch.tensor([*self.ids[i], *tokens[i].tolist()])[None]
@@ -96,10 +99,12 @@ class Truths:
             for k, found in enumerate(self._final(text, i, states)):
                 every[k, i, :count] = found[0, -count:]
         every, self.layers, self.moved = (self.model.world.all_reduce(x) for x in (every, self.layers, self.moved))
-        return Truth(every[0], every[1:])
+        return Truth(every[0], every[1 : 1 + ORDERS], every[1 + ORDERS :] if self.unquantised else None)
 
     def _final(self, text: Tensor, i: int, states: Tensor | None) -> Iterator[Tensor]:
-        """Logits of the fp64 reference and of the plain model in its orders; layers are compared on the prompt."""
+        """Logits of the fp64 reference, of the plain model in its orders, and if that has FP8 linears of one without;
+        layers are compared on the prompt.
+        """
         both = self.exact.hidden_states(text), self.plain[0].hidden_states(text)
         exact = plain = torch.empty(0)
         for layer, (exact, plain) in enumerate(zip(*both, strict=True)):
@@ -112,6 +117,7 @@ class Truths:
         yield self.plain[0].head(plain).double()
         for order in range(1, ORDERS):
             yield self._in_own_order(self.plain[order].logits(text, text.shape[1]).double(), order)
+        yield from (model.logits(text, text.shape[1]).double() for model in self.unquantised)
 
     def _compare_layer(self, layer: int, ours: Tensor, exact: Tensor, plain: Tensor, i: int) -> None:
         length = len(self.ids[i])
@@ -211,13 +217,14 @@ def _verdict(
     return {
         "verdict": "verified" if judged["verified"] else "failed",
         **{key: whole[key] for key in ("relative_error", "bound", "max_abs_error", "floor")},
+        "unquantised_floor": whole.get("unquantised_floor"),
         **{key: judged[key] for key in ("reason", "phases", "greedy")},
         "per_layer": truths.per_layer(),
         "collectives_as_predicted": not others,
         "memory_as_predicted": not unlike,
         "memory_per_rank": memory,
         "sensitivity": truths.sensitivity,
-        "sensitive": (truths.sensitivity or 0) > _SENSITIVE,
+        "sensitive": (truths.sensitivity or 0) > max(_SENSITIVE, whole["bound"]),
         "sequences": workload.batch,
     }
 
@@ -226,7 +233,8 @@ def judge_states(trace: Trace, truth: Truth, workload: Workload, ranks: int, bro
     """As `judge`, for an encoder's hidden states [b, s, D], of each sequence its own tokens."""
     own = torch.arange(workload.seq) < torch.tensor(workload.lengths)[:, None]
     found = trace.logits[own], truth.reference[own], truth.floors[:, own]
-    phase = compared(*found, allowed_multiple(workload.dtype, ranks))
+    unquantised = None if truth.unquantised is None else truth.unquantised[:, own]
+    phase = compared(*found, allowed_multiple(workload.dtype, ranks), unquantised)
     reasons = [*broken, *["the error is above its bound"] * (not phase["passed"])]
     found = {"verified": not reasons, "reason": "; ".join(reasons) or None, "greedy": None}
     return found | {"phases": {"prefill": phase}, "whole": phase}

@@ -39,7 +39,7 @@ class Drawn:
     """Weights made from a seed."""
 
     design: Design
-    rank: int
+    pool: GroupPool
     dtype: torch.dtype
     device: torch.device
 
@@ -54,7 +54,8 @@ class Drawn:
 
     def local(self, layout: Layout) -> Weights:
         """Drawn slice by slice."""
-        return load(self.design.model, layout, self.rank, self._draw)
+        tp = self.pool.axis("tp", layout.axis_ranks("tp"))
+        return load(self.design.model, layout, self.pool.rank, self._draw, tp)
 
     def whole(self, name: str) -> Tensor:
         """Drawn as a whole."""
@@ -66,6 +67,7 @@ class Stored:
     """Weights of a checkpoint."""
 
     pretrained: Pretrained
+    pool: GroupPool
     world: Axis
     dtype: torch.dtype
     device: torch.device
@@ -78,7 +80,8 @@ class Stored:
 
     def local(self, layout: Layout) -> Weights:
         """Read together with the other ranks, each byte once."""
-        return self.pretrained.local(layout, self.world, self.dtype, self.device)
+        tp = self.pool.axis("tp", layout.axis_ranks("tp"))
+        return self.pretrained.local(layout, self.world, self.dtype, self.device, tp=tp)
 
     def whole(self, name: str) -> Tensor:
         """Read as a whole."""
@@ -88,6 +91,6 @@ class Stored:
 def weights_of(design: Design, pool: GroupPool, dtype: torch.dtype, device: torch.device) -> Source:
     """The weights that a design names, as this rank gets them. All ranks call it together."""
     if design.checkpoint is None:
-        return Drawn(design, pool.rank, dtype, device)
+        return Drawn(design, pool, dtype, device)
     world = pool.axis("world", [tuple(range(design.ranks))])
-    return Stored(open_pretrained(design.checkpoint), world, dtype, device)
+    return Stored(open_pretrained(design.checkpoint), pool, world, dtype, device)

@@ -5,6 +5,7 @@ Rank 0 writes the journal. Everything ranks tell each other travels as numbers o
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,9 +21,9 @@ from headgrid.experiment.design import SENSITIVE, Arm, Design, from_dict, rows_t
 from headgrid.experiment.journal import Journal
 from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
 from headgrid.experiment.text import read_identified, token_rows
-from headgrid.experiment.verify import Oracle, Trace, judge, judge_control
+from headgrid.experiment.verify import Oracle, Trace, Truth, judge, judge_control
 from headgrid.experiment.weights import weights_of
-from headgrid.layout.layout import Layout, parse_layout
+from headgrid.layout.layout import Layout, Linears, parse_layout
 from headgrid.layout.memory import cache_shape, predict
 from headgrid.layout.traffic import decode_collectives, layer_collectives, prefill_collectives
 from headgrid.runtime.cache import new_arena
@@ -64,7 +65,8 @@ class Launch:
         text = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1).long()
         self.prompts = text % design.model.vocab_size
         self.verified_rows = rows_to_verify(design, self.index)
-        elements = max(self._cache_elements(layout) for layout in (*design.layouts, parse_layout(design.control)))
+        control = (parse_layout(design.control),) if design.control else ()
+        elements = max(self._cache_elements(layout) for layout in (*design.layouts, *control))
         self.arena = new_arena(elements, self.dtype, self.device)
         self.weights = weights_of(design, self.pool, self.dtype, self.device)
         self.oracle = Oracle(
@@ -108,11 +110,15 @@ class Launch:
                     all_tokens[n] = tokens[:, row - engine.rows.start]
         return Trace(self.share(all_logits), self.share(all_tokens))
 
-    def judged(self, engine: Engine) -> tuple[Trace, Any]:
+    def judged(self, engine: Engine) -> tuple[Trace, Truth]:
         """The arm's trace and the reference's logits for the same tokens; sequences are divided among ranks."""
         trace = self.trace(engine)
+        return trace, self.truth(trace, engine.layout.linears)
+
+    def truth(self, trace: Trace, linears: Linears) -> Truth:
+        """The reference's logits for the tokens of a trace, and the floor of a device with such linears."""
         mine = range(self.rank, len(self.verified_rows), self.design.ranks)
-        return trace, self.oracle.truth(trace.tokens, list(mine), self.share)
+        return self.oracle.truth(trace.tokens, list(mine), self.share, linears)
 
 
 def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
@@ -122,17 +128,21 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     launch = Launch(rank, design, payload)
     if len(set(gather_json(launch.input_sha256, launch.device))) > 1:
         raise InvalidInput("ranks read different input", why="the text must be the same file on every host")
-    names = gather_json(torch.cuda.get_device_name() if design.device == "cuda" else "cpu", launch.device)
+    who = gather_json(_identity(design.device), launch.device)
     weights = launch.weights.identity
     launch.record(
         "launch",
         design_hash=payload["design"]["hash"],
+        environment_sha256=payload["environment_sha256"],
         ranks=ranks,
         attempt=launch.attempt,
-        device_names=names,
+        device_names=[each["device"] for each in who],
+        device_uuids=[each["uuid"] for each in who],
+        pids=[each["pid"] for each in who],
         input_sha256=launch.input_sha256,
         weights_sha256=hashlib.sha256(weights.encode()).hexdigest(),
         start_s=begun - payload["started"],
+        started_s=payload["started"],
     )
     sensitive = _run_control(launch)
     engines = {str(layout): launch.engine(layout) for layout in design.layouts}
@@ -144,6 +154,14 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     launch.record("end", completed=True)
 
 
+def _identity(device: str) -> dict[str, Any]:
+    """This rank's process and device, so that telemetry of either can be laid to it."""
+    if device != "cuda":
+        return {"pid": os.getpid(), "device": "cpu", "uuid": None}
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    return {"pid": os.getpid(), "device": torch.cuda.get_device_name(), "uuid": uuid and f"GPU-{uuid}"}
+
+
 def _turns(launch: Launch, done: list[int]) -> Iterator[tuple[int, Arm]]:
     """Blocks and arms in the declared order, without the blocks that a resumed run already has."""
     for block, order in enumerate(launch.design.order[launch.index]):
@@ -152,12 +170,21 @@ def _turns(launch: Launch, done: list[int]) -> Iterator[tuple[int, Arm]]:
 
 
 def _run_control(launch: Launch) -> bool:
-    """Run the softmax-per-slice control. True if it moves the logits enough for verification to mean something."""
-    design = launch.design
-    trace, truth = launch.judged(launch.engine(parse_layout(design.control)))
-    verdict = judge_control(trace, truth, design.workload.dtype, design.ranks)
-    launch.record("control", layout=design.control, **verdict)
-    return verdict["rejected"] and verdict["sensitivity"] is not None and verdict["sensitivity"] > SENSITIVE
+    """Run the softmax-per-slice control, which the floor of each kind of linears that an arm has must reject. True if
+    it moves the logits enough for verification to mean something.
+
+    One rank has no control and is trusted: whoever designs such a run has the same model in runs of more ranks.
+    """
+    design, proven = launch.design, True
+    if design.control is None:
+        return True
+    trace = launch.trace(launch.engine(parse_layout(design.control)))
+    kinds: set[Linears] = {"model", *(layout.linears for layout in design.layouts)}
+    for linears in sorted(kinds, reverse=True):
+        verdict = judge_control(trace, launch.truth(trace, linears), design.workload.dtype, design.ranks)
+        launch.record("control", layout=design.control, linears=linears, **verdict)
+        proven &= verdict["rejected"] and (verdict["sensitivity"] or 0) > SENSITIVE
+    return proven
 
 
 def _examine(launch: Launch, engine: Engine, sensitive: bool) -> bool:
@@ -253,8 +280,8 @@ def _measure_pipeline(launch: Launch, engine: Engine) -> list[dict[str, Any]]:
 def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int) -> None:
     """A prefill of the batch, then decode steps on the cache it wrote. No observer, no profiler."""
     design = launch.design
-    prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts))
-    decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps))
+    prefill_start_s, prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts))
+    decode_start_s, decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps))
     order = design.order[launch.index][block]
     launch.record(
         "block",
@@ -262,21 +289,23 @@ def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int) -> None:
         attempt=launch.attempt,
         position=order.index(design.arms.index(arm)),
         arm=arm.label,
+        prefill_start_s=prefill_start_s,
         prefill_s=prefill_s,
+        decode_start_s=decode_start_s,
         decode_s=decode_s,
         decode_steps=design.workload.decode_steps,
         warmup=block < design.protocol.warmup_blocks,
     )
 
 
-def _timed(launch: Launch, work: Any) -> list[float]:
-    """Seconds that each rank took from a common barrier to the end of its own work."""
+def _timed(launch: Launch, work: Any) -> tuple[float, list[float]]:
+    """Unix time of a common barrier, and the seconds that each rank took from it to the end of its own work."""
     barrier(launch.device)
-    start = time.perf_counter()
+    start_s, start = time.time(), time.perf_counter()
     work()
     if launch.device.type == "cuda":
         torch.cuda.synchronize(launch.device)
     elapsed = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device=launch.device)
     everyone = [torch.zeros_like(elapsed) for _ in range(launch.design.ranks)]
     dist.all_gather(everyone, elapsed)
-    return [round(float(seconds), 9) for seconds in everyone]
+    return start_s, [round(float(seconds), 9) for seconds in everyone]

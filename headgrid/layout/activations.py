@@ -2,6 +2,7 @@
 largest one that a collective writes.
 
 The tensors are those of `runtime.stage`, step by step, weights, cache and the engine's permanent buffers excluded.
+Of calls that take turns the peaks are added: a bound, which is reached where both hold most while one waits.
 Letters as in `held`.
 """
 
@@ -103,7 +104,7 @@ def _gathered_shapes(model: ModelSpec, layout: Layout, workload: Workload, rank:
     """A slice's own sequences on the gathered weights of its head group, piece by piece."""
     mine, shape = mb.parts[layout.coordinates(rank).slice], _place(model, layout, rank, workload.element_bytes)
     shapes: list[Shape] = []
-    for rows, positions in pieces(len(mine), workload):
+    for rows, positions in pieces(layout, len(mine), workload):
         span = rows.shift(mine.start)
         ending = len(Call(MicroBatch((span,)), positions).wanted(workload))
         lengths = () if model.is_causal else tuple(map(workload.length, range(span.start, span.stop)))
@@ -117,10 +118,11 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
     at, e = layout.coordinates(rank), workload.element_bytes
     shapes = _gathered_shapes(model, layout, workload, rank, mb)
     hidden, starts = sum(shape.hidden_bytes for shape in shapes), sum(shape.rows for shape in shapes) * INDEX_BYTES
-    parts = {name: [size * e for size in sizes] for name, sizes in gathered_weights(model, layout, rank).items()}
+    parts = {name: list(sizes) for name, sizes in gathered_weights(model, layout, rank, e).items()}
     layer, under_way = sum(map(sum, parts.values())), sum(gathered(sizes, at.slice) for sizes in parts.values())
     spans, layers = _windows(model, layout, rank), stage_layers(model, layout)[at.pp]
-    steps = max((steps_bytes(shape, spans) for shape in set(shapes)), default=0)
+    most_of = {shape: steps_bytes(shape, spans) for shape in set(shapes)}
+    steps = max(_together([most_of[shape] for shape in shapes], layout.pieces_at_once), default=0)
     most = [
         hidden + _assembling_bytes(parts, at.slice, gated_mlp=model.gated_mlp),
         hidden + layer + (under_way if len(layers) > 1 else 0) + steps,
@@ -140,7 +142,7 @@ def _assembling_bytes(parts: dict[str, list[int]], index: int, *, gated_mlp: boo
     has no gate.
     """
     held, most = sum(gathered(sizes, index) for sizes in parts.values()), 0
-    copied = ("qkv", "qkv bias", "o", "down", *(("up", "up bias") if gated_mlp else ()))
+    copied = ("qkv", "qkv scale", "qkv bias", "o", "down", *(("up", "up scale", "up bias") if gated_mlp else ()))
     for name, sizes in parts.items():
         most = max(most, held)
         held -= gathered(sizes, index) - sum(sizes)
@@ -179,17 +181,19 @@ def _held(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> It
 def activations_peak_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
     """Peak bytes that `rank` allocates in a prefill, beyond weights, cache, logits and tokens."""
     stage, peak = layout.coordinates(rank).pp, 0
-    calls = list(_held(model, layout, workload, rank))
-    for k, call in enumerate(calls):
-        held = call.most
-        if stage == 0:
-            held += call.ids
-        elif k + 1 < len(calls):
-            held += calls[k + 1].hidden  # its receive is posted before this call computes
+    calls, at_once = list(_held(model, layout, workload, rank)), layout.calls_at_once
+    for k, held in enumerate(_together([call.most + call.ids * (stage == 0) for call in calls], at_once)):
+        if stage > 0 and k + at_once < len(calls):
+            held += calls[k + at_once].hidden  # its receive is posted before the call ahead of it computes
         if stage < layout.pp - 1:
             held += sum(sent.hidden for sent in calls[max(0, k - _SENDS_IN_FLIGHT) : k])
         peak = max(peak, held)
     return peak
+
+
+def _together(held: list[int], at_once: int) -> list[int]:
+    """From each call on, what so many of them hold."""
+    return [sum(held[k : k + at_once]) for k in range(len(held))]
 
 
 def _exchanged(shape: Shape) -> Iterator[int]:
@@ -223,7 +227,7 @@ def _of_layers(shape: Shape) -> Iterator[int]:
 def _of_weights(model: ModelSpec, layout: Layout, workload: Workload, rank: int, mb: MicroBatch) -> Iterator[int]:
     """Bytes that arrive where weights are gathered: these, the vocabulary and last tokens."""
     at, m, e = layout.coordinates(rank), layout.num_dim_slices, workload.element_bytes
-    yield from (sum(sizes) * e for sizes in gathered_weights(model, layout, rank).values())
+    yield from map(sum, gathered_weights(model, layout, rank, e).values())
     if at.pp == 0:
         vocab = balanced(model.vocab_size, layout.tp)[at.head_group * m : (at.head_group + 1) * m]
         yield total(vocab) * model.hidden_size * e

@@ -1,13 +1,15 @@
 """Which sequences and positions a rank computes and caches, and in which calls they pass through the pipeline."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from headgrid.layout.layout import Layout
 from headgrid.layout.span import Span, Spans, balanced, indices, total
 from headgrid.spec.workload import Workload
 
+_Some = TypeVar("_Some")
 PIPELINE_FILL = 4
 """Micro-batches per stage in prefill: with pp stages the pipeline idles (pp - 1) / (4 pp + pp - 1) of the time."""
 
@@ -98,31 +100,47 @@ def prefill_calls(layout: Layout, workload: Workload, replica: int) -> tuple[Cal
     """The calls of a prefill in order, each within `workload.chunk_tokens` where one sequence allows it.
 
     With gathered weights a call is larger, so that each gathered layer serves many sequences; a layer computes it in
-    `pieces` of that size.
+    `pieces` of that size. Calls that take turns are of different sequences, where there are several.
     """
     rows = replica_rows(layout, workload.batch)[replica]
     per_call = _sequences_per_call(workload)
     if layout.exchange == "batch":  # every slice needs a row in each call, or it would sit idle
         per_call = max(per_call // layout.num_dim_slices, 1) * layout.num_dim_slices
     gathered = layout.weights == "gathered"
-    count = 1 if gathered else -(-len(rows) // per_call)
+    count = 1 if gathered else max(layout.calls_at_once, -(-len(rows) // per_call))
     if layout.pp > 1:
-        count = max(count, PIPELINE_FILL * layout.pp)
+        count = max(count, PIPELINE_FILL * layout.pp * layout.calls_at_once)
+    if gathered:  # in each micro-batch every slice has sequences that take turns
+        count = min(count, len(rows) // (layout.num_dim_slices * layout.pieces_at_once))
     positions = (Span(0, workload.seq),) if gathered else position_chunks(workload)
-    return tuple(Call(mb, span) for mb in _micro_batches(layout, rows, count) for span in positions)
+    micro_batches = _micro_batches(layout, rows, count)
+    return tuple(Call(mb, span) for mb, span in _in_turn(micro_batches, positions, layout.calls_at_once))
 
 
-def pieces(rows: int, workload: Workload) -> tuple[tuple[Span, Span], ...]:
-    """Sequences of a slice's own, and their positions, that are computed together within `workload.chunk_tokens`."""
+def _in_turn(several: Sequence[_Some], positions: Spans, at_once: int) -> Iterator[tuple[_Some, Span]]:
+    """All positions of the first `at_once`, chunk by chunk, then those of the next."""
+    for first in range(0, len(several), at_once):
+        for span in positions:
+            for some in several[first : first + at_once]:
+                yield some, span
+
+
+def pieces(layout: Layout, rows: int, workload: Workload) -> tuple[tuple[Span, Span], ...]:
+    """With gathered weights: sequences of a slice's own, and their positions, that are computed together within
+    `workload.chunk_tokens`. Pieces that take turns are of different sequences, where there are several.
+    """
     if not rows:
         return ()
-    several = balanced(rows, -(-rows // _sequences_per_call(workload)))
-    return tuple((some, span) for some in several for span in position_chunks(workload))
+    several = balanced(rows, min(rows, max(layout.pieces_at_once, -(-rows // _sequences_per_call(workload)))))
+    return tuple(_in_turn(several, position_chunks(workload), layout.pieces_at_once))
 
 
 def decode_micro_batches(layout: Layout, workload: Workload, replica: int) -> tuple[MicroBatch, ...]:
-    """One micro-batch for each pipeline stage, so that all stages work at the same time."""
-    return _micro_batches(layout, replica_rows(layout, workload.batch)[replica], layout.pp)
+    """One micro-batch for each pipeline stage, so that all stages work at the same time; all in one where the pipeline
+    is drained after each token.
+    """
+    count = 1 if layout.decode == "drained" else layout.pp
+    return _micro_batches(layout, replica_rows(layout, workload.batch)[replica], count)
 
 
 def query_share(queries: int, num_slices: int, slice_index: int) -> Spans:

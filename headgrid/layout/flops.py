@@ -98,7 +98,7 @@ def _gathered_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: 
     for call in prefill_calls(layout, workload, at.dp):
         rows = len(call.micro_batch.parts[at.slice])
         flops += 2 * per_token * rows * workload.seq + 2 * head * call.micro_batch.size * workload.outputs
-        for some, positions in pieces(rows, workload):
+        for some, positions in pieces(layout, rows, workload):
             flops += _prefill_attention(model, layout, rank, len(some), positions)
     return flops
 

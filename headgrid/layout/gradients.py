@@ -151,8 +151,8 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, c
     steps = gathered_steps(model, layout, workload, rank, call.micro_batch)
     yield from _between_stages(layout, rank, sum(map(hidden_bytes, steps)))
     for _ in range(len(stage_layers(model, layout)[at.pp])):
-        for sizes in gathered_weights(model, layout, rank).values():
-            yield from _gathered_both_ways(layout, [size * e for size in sizes], at.slice)
+        for sizes in gathered_weights(model, layout, rank, e).values():
+            yield from _gathered_both_ways(layout, list(sizes), at.slice)
         for step in steps:
             yield from layer_calls(step)
             yield from _layer_back(step)

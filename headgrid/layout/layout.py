@@ -17,6 +17,18 @@ ResidualDtype = Literal["model", "fp32"]
 """The dtype in which hidden states are kept and added up, and passed from stage to stage; the sums within a layer
 travel in the model's.
 """
+Communication = Literal["exposed", "overlapped"]
+"""Whether prefill waits for each collective at once, or lets another call compute until it is done. That takes two
+calls of different sequences; a call that is alone waits at once, and so does decode.
+"""
+Linears = Literal["model", "fp8"]
+"""What the products with W_Q, W_K, W_V, W_O and the MLP's matrices run in: the model's dtype, or FP8 (e4m3, one scale
+for each token and one for each output row). All else stays in the model's dtype.
+"""
+Decode = Literal["in_flight", "drained"]
+"""Whether the stages of a pipeline decode a micro-batch each at the same time, or the whole batch passes one after the
+other, and the pipeline is empty between two tokens.
+"""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")
@@ -24,6 +36,7 @@ OUTPUTS: tuple[str, ...] = get_args(Output)
 WEIGHT_MODES: tuple[str, ...] = get_args(WeightMode)
 RESIDUALS: tuple[str, ...] = get_args(Residual)
 RESIDUAL_DTYPES: tuple[str, ...] = get_args(ResidualDtype)
+COMMUNICATIONS: tuple[str, ...] = get_args(Communication)
 _FIXED: dict[Axis, tuple[str, ...]] = {
     "dp": ("pp", "head_group", "slice"),
     "pp": ("dp", "head_group", "slice"),
@@ -62,6 +75,9 @@ class Layout:
     weights: WeightMode = "stationary"
     residual: Residual = "replicated"
     residual_dtype: ResidualDtype = "model"
+    communication: Communication = "exposed"
+    linears: Linears = "model"
+    decode: Decode = "in_flight"
 
     def __post_init__(self) -> None:
         """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
@@ -91,6 +107,29 @@ class Layout:
                 why="it divides the tokens among the ranks that reduce their outputs, and here none do",
                 legal=[str(way) for way in ways],
             )
+        sharing = self.num_head_groups if self.weights == "gathered" else self.tp
+        if self.communication == "overlapped" and sharing == 1:
+            exposed = replace(self, communication="exposed")
+            raise InvalidLayout(
+                f"{exposed} has no communication that could be overlapped",
+                why="no ranks share the work on a token; weights and messages between stages travel ahead as it is",
+                legal=(str(exposed),),
+            )
+        if self.decode == "drained" and self.pp == 1:
+            raise InvalidLayout(
+                f"{replace(self, decode='in_flight')} has no pipeline that could be drained",
+                legal=(str(replace(self, decode="in_flight")), "tp2pp2:drained"),
+            )
+
+    @property
+    def calls_at_once(self) -> int:
+        """Calls of prefill that take turns in a stage."""
+        return 2 if self.communication == "overlapped" and self.weights == "stationary" else 1
+
+    @property
+    def pieces_at_once(self) -> int:
+        """Pieces of a call that take turns in a layer whose weights are gathered."""
+        return 2 if self.communication == "overlapped" and self.weights == "gathered" else 1
 
     @property
     def tp(self) -> int:
@@ -136,6 +175,8 @@ class Layout:
         options = [self.exchange] * (m > 1) + [self.output] * (self.output != "reduce")
         options += [self.weights] * (self.weights != "stationary") + [self.residual] * (self.residual != "replicated")
         options += [self.residual_dtype] * (self.residual_dtype != "model")
+        options += [self.communication] * (self.communication != "exposed") + [self.linears] * (self.linears != "model")
+        options += [self.decode] * (self.decode != "in_flight")
         return degrees + (":" + "+".join(options) if options else "")
 
 
@@ -154,12 +195,14 @@ def parse_layout(text: str) -> Layout:
     known = {name: "exchange" for name in get_args(Exchange) if name != "none"}
     known |= {name: "output" for name in OUTPUTS} | {name: "weights" for name in WEIGHT_MODES}
     known |= {name: "residual" for name in RESIDUALS} | {name: "residual_dtype" for name in RESIDUAL_DTYPES}
+    known |= {name: "communication" for name in COMMUNICATIONS}
+    known |= {"fp8": "linears", "drained": "decode"}  # "model" says what hidden states are kept in
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
             raise InvalidLayout(
                 f"{option!r} in {text!r} is not an option, or is one too many",
-                legal=(*EXCHANGES, *OUTPUTS, *WEIGHT_MODES, *RESIDUALS, *RESIDUAL_DTYPES),
+                legal=(*EXCHANGES, "concat", "gathered", "sharded", "fp32", "overlapped", "fp8", "drained"),
             )
         chosen[known[option]] = option
     return Layout(

@@ -1,6 +1,7 @@
 """Which layouts can run a model: refusals with reasons, and the list of the legal ones."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from headgrid.errors import InvalidLayout
@@ -67,6 +68,14 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
             why="a replica needs a sequence",
             legal=(f"--batch {layout.dp}",),
         )
+    shares = layout.dp * (layout.num_dim_slices if layout.exchange == "batch" else 1)
+    if layout.communication == "overlapped" and workload.batch <= shares:
+        raise InvalidLayout(
+            f"{layout}: nothing overlaps with {workload.batch} sequences",
+            numbers=f"{shares} parts of the batch, each of at most one sequence",
+            why="two calls of different sequences take turns",
+            legal=(f"--batch {2 * shares}", str(replace(layout, communication="exposed"))),
+        )
     if layout.weights == "gathered" and layout.pp > 1 and layout.dp * layout.num_dim_slices > workload.batch:
         raise InvalidLayout(
             f"{layout}: {layout.dp} x {layout.num_dim_slices} slices share {workload.batch} sequences",
@@ -91,6 +100,18 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
 def check_training(model: ModelSpec, layout: Layout, workload: Workload, ranks: int | None = None) -> None:
     """Raise InvalidLayout with the legal alternatives if gradients of this combination cannot be had."""
     check(model, layout, workload, ranks)
+    if layout.communication == "overlapped":
+        raise InvalidLayout(
+            f"{layout}: training does not overlap communication",
+            why="calls take turns in prefill only; backward runs each collective's counterpart by itself",
+            legal=(str(replace(layout, communication="exposed")),),
+        )
+    if layout.linears != "model":
+        raise InvalidLayout(
+            f"{layout}: there are no gradients of FP8 linears",
+            why="rounding to FP8 has no useful derivative, and rounded weights cannot be updated",
+            legal=(str(replace(layout, linears="model")),),
+        )
     if workload.chunk_positions:
         raise InvalidLayout(
             "training takes whole sequences",
@@ -122,8 +143,8 @@ def _all(ranks: int) -> Iterator[Layout]:
 
 
 def _choices(n: int, m: int) -> Iterator[dict[str, Any]]:
-    """Exchange, output, weights and residual that go together on an n x m grid, each with its hidden states' dtype
-    left as the model's.
+    """Exchange, output, weights and residual that go together on an n x m grid, each with its hidden states and its
+    linears left in the model's dtype.
     """
     for exchange in EXCHANGES if m > 1 else ("none",):
         yield {"exchange": exchange}
@@ -138,7 +159,8 @@ def _choices(n: int, m: int) -> Iterator[dict[str, Any]]:
 def legal_layouts(model: ModelSpec, ranks: int) -> tuple[Layout, ...]:
     """Every layout of the family on exactly `ranks` devices: n x m first, then with stages, then with replicas.
 
-    Each may also keep its hidden states in fp32.
+    Each may also keep its hidden states in fp32 and run its linears in FP8, and each whose ranks share the work on a
+    token may overlap it.
     """
     legal = [layout for layout in _all(ranks) if is_legal(model, layout)]
     order = {lay: (lay.output != "reduce", lay.residual != "replicated", lay.dp * lay.pp, lay.dp) for lay in legal}

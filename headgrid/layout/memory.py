@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from headgrid.layout.activations import activations_peak_bytes, communication_buffer_bytes
 from headgrid.layout.batching import cached_positions, decode_micro_batches, owned_rows
 from headgrid.layout.layout import Layout
+from headgrid.layout.quantised import stored_bytes
 from headgrid.layout.shards import head_shard, parameters, stage_layers
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
@@ -60,8 +61,9 @@ def cache_shape(model: ModelSpec, layout: Layout, workload: Workload, rank: int)
 
 
 def parameters_bytes(model: ModelSpec, layout: Layout, rank: int, element_bytes: int) -> int:
-    """Bytes of all weights that `rank` stores."""
-    return sum(shard.num_elements for shard in parameters(model, layout, rank).values()) * element_bytes
+    """Bytes of all weights that `rank` stores, with the scales of those in FP8."""
+    shards = parameters(model, layout, rank)
+    return sum(stored_bytes(layout, name, shard, element_bytes) for name, shard in shards.items())
 
 
 def predict(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> Memory:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from headgrid.layout.held import INDEX_BYTES, Shape, exchange_bytes, gathered, token_shares
 from headgrid.layout.layout import Layout
+from headgrid.layout.quantised import FP8_BYTES, SCALE_BYTES
 from headgrid.layout.shards import head_shards
 from headgrid.layout.span import balanced
 from headgrid.spec.model import ModelSpec
@@ -111,17 +112,34 @@ def _rotation_bytes(shape: Shape) -> int:
     return held + 3 * shape.tokens * shape.heads * shape.pairs * shape.e
 
 
+def _product_bytes(shape: Shape, inputs: int, outputs: int) -> int:
+    """A product of all tokens with a weight [outputs, inputs], its result included.
+
+    In FP8 as a CPU emulates it, in fp32 or wider (a GPU holds the rounded input and the result): the input in that
+    width and rounded; then both factors widened, and their product; then that in two dtypes.
+    """
+    t, wide, result = shape.tokens, shape.wide, shape.tokens * outputs * shape.e
+    if shape.layout.linears == "model":
+        return result
+    scales = t * SCALE_BYTES
+    rounding, rounded = t * inputs * (wide + FP8_BYTES) + scales, t * inputs * FP8_BYTES + scales
+    multiplying = rounded + (t * inputs + inputs * outputs + t * outputs) * wide
+    return max(rounding, multiplying, rounded + t * outputs * wide + (result if wide != shape.e else 0))
+
+
 def _output_bytes(shape: Shape) -> Iterator[int]:
     model, layout, e, out = shape.model, shape.layout, shape.e, shape.out_bytes
     if layout.output == "reduce":
-        yield out + _leave_bytes(shape)
+        inputs = shape.heads * len(shape.own.v_channels)
+        yield out + max(_product_bytes(shape, inputs, model.hidden_size), _leave_bytes(shape))
         return
     widths = [len(owner.heads) * len(owner.v_channels) for owner in head_shards(model, layout)]
     columns = [len(span) for span in balanced(model.hidden_size, layout.tp)]
     mine = shape.tokens * columns[shape.tp_index] * e
     for beside, own, sizes in ((0, out, widths), (out, mine, columns)):
         yield beside + own + _concat_bytes([shape.tokens * size * e for size in sizes], shape.tp_index)
-    yield out + shape.tokens * sum(widths) * e + mine
+    whole = sum(widths)
+    yield out + shape.tokens * whole * e + _product_bytes(shape, whole, columns[shape.tp_index])
 
 
 def _concat_bytes(sizes: list[int], index: int) -> int:
@@ -133,16 +151,17 @@ def _layer_bytes(shape: Shape) -> Iterator[int]:
     """Bytes held beside the residual at each step of a layer."""
     entered = _entered_bytes(shape)
     yield _enter_bytes(shape)
-    yield entered + shape.projections_bytes
+    yield entered + _product_bytes(shape, shape.model.hidden_size, shape.own.row_width)
     if shape.model.qk_norm:
         yield from _head_norm_bytes(shape)
     yield _rotation_bytes(shape)
     yield from exchange_bytes(shape)
     yield from _output_bytes(shape)
     yield _sum_bytes(shape)
-    units = shape.tokens * shape.units * shape.e * (2 if shape.model.gated_mlp else 1)
-    yield entered + units
-    yield units + _leave_bytes(shape)
+    outputs = shape.units * (2 if shape.model.gated_mlp else 1)
+    yield entered + _product_bytes(shape, shape.model.hidden_size, outputs)
+    units = shape.tokens * outputs * shape.e
+    yield units + max(_product_bytes(shape, shape.units, shape.model.hidden_size), _leave_bytes(shape))
 
 
 def steps_bytes(shape: Shape, windows: frozenset[int]) -> int:

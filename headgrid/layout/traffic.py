@@ -22,7 +22,8 @@ from headgrid.layout.batching import (
     score_blocks,
 )
 from headgrid.layout.layout import Coordinates, Layout
-from headgrid.layout.shards import HeadShard, head_shard, parameters, stage_layers
+from headgrid.layout.quantised import FP8_BYTES, is_quantised, scale_bytes
+from headgrid.layout.shards import HeadShard, Shard, head_shard, parameters, stage_layers
 from headgrid.layout.span import Span, balanced, total
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
@@ -247,7 +248,7 @@ def gathered_steps(model: ModelSpec, layout: Layout, workload: Workload, rank: i
     at, whole = layout.coordinates(rank), over_heads(layout)
     own, mine = head_shard(model, whole, at.head_group, 0), mb.parts[at.slice]
     found: list[Step] = []
-    for rows, positions in pieces(len(mine), workload):
+    for rows, positions in pieces(layout, len(mine), workload):
         piece = Call(MicroBatch((rows.shift(mine.start),)), positions)
         ending, e = len(piece.wanted(workload)), workload.element_bytes
         found.append(Step(model, whole, "tp_head", at.head_group, own, piece.micro_batch, positions, ending, 0, e))
@@ -279,28 +280,40 @@ def _gathered(model: ModelSpec, layout: Layout, workload: Workload, rank: int, m
 
 _GATHERED = {
     "qkv": ("attention.q.weight", "attention.k.weight", "attention.v.weight"),
+    "qkv scale": ("attention.q.weight", "attention.k.weight", "attention.v.weight"),
     "qkv bias": ("attention.q.bias", "attention.k.bias", "attention.v.bias"),
     "o": ("attention.o.weight",),
     "up": ("mlp.gate.weight", "mlp.up.weight"),
+    "up scale": ("mlp.gate.weight", "mlp.up.weight"),
     "up bias": ("mlp.gate.bias", "mlp.up.bias"),
     "down": ("mlp.down.weight",),
     "q_norm": ("attention.q_norm.weight",),
     "k_norm": ("attention.k_norm.weight",),
 }
-"""What a layer gathers, in the order in which it is put together, and the weights that it consists of."""
+"""What a layer gathers, in the order in which it is put together, and the weights that it consists of, or whose scales
+these are.
+"""
 
 
 @lru_cache(maxsize=32)  # the same for every layer and call
-def gathered_weights(model: ModelSpec, layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
-    """Elements of each slice's part of what a layer of the rank's stage gathers, in the order it is put together."""
+def gathered_weights(model: ModelSpec, layout: Layout, rank: int, element_bytes: int) -> dict[str, tuple[int, ...]]:
+    """Bytes of each slice's part of what a layer of the rank's stage gathers, in the order it is put together."""
     at = layout.coordinates(rank)
     prefix = f"layers.{stage_layers(model, layout)[at.pp].start}."
     peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
     shards = [parameters(model, layout, peer) for peer in peers]
+
+    def size(name: str, part: str, shard: Shard) -> int:
+        if not is_quantised(layout, part):
+            return shard.num_elements * element_bytes
+        return scale_bytes(shard) if name.endswith("scale") else shard.num_elements * FP8_BYTES
+
     return {
-        name: tuple(sum(held[prefix + part].num_elements for part in parts if prefix + part in held) for held in shards)
+        name: tuple(
+            sum(size(name, part, held[prefix + part]) for part in parts if prefix + part in held) for held in shards
+        )
         for name, parts in _GATHERED.items()
-        if prefix + parts[-1] in shards[0]
+        if prefix + parts[-1] in shards[0] and (layout.linears == "fp8" or not name.endswith("scale"))
     }
 
 
@@ -309,8 +322,8 @@ def _gathered_layer(
 ) -> Iterator[Collective]:
     """The slices of a layer's weights once, then what the head groups exchange for each piece."""
     others, j = layout.num_dim_slices - 1, layout.coordinates(rank).slice
-    for sizes in gathered_weights(model, layout, rank).values():
-        yield Collective("all_gather", "tp_slice", others * sizes[j] * workload.element_bytes)
+    for sizes in gathered_weights(model, layout, rank, workload.element_bytes).values():
+        yield Collective("all_gather", "tp_slice", others * sizes[j])
     for step in steps:
         yield from layer_calls(step)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from headgrid.errors import InvalidInput, InvalidLayout
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, legal_layouts
+from headgrid.layout.products import check_products
 from headgrid.layout.shards import Shard
 from headgrid.layout.span import Spans
 from headgrid.models.config import ModelConfig, family_of, spec_from_config
@@ -69,6 +70,8 @@ def shard(
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     _check_layout(spec, layout, ranks)
     device = torch.device(device) if device is not None else _default_device(model)
+    if device.type == "cuda":
+        check_products(spec, layout)
     mesh = Mesh(layout, pool or GroupPool(rank))
     if checkpoint is None:
         weights = _slices(spec, family, mesh, model.state_dict(), device)
@@ -106,6 +109,7 @@ def _check_layout(model: ModelSpec, layout: Layout, ranks: int) -> None:
         "pp > 1": layout.pp > 1,
         "dp > 1": layout.dp > 1,
         "gathered weights": layout.weights == "gathered",
+        "overlapped communication": layout.communication == "overlapped",
         "no exchange": layout.exchange == "independent",
     }
     for reason, holds in reasons.items():
@@ -152,7 +156,7 @@ def _slices(model: ModelSpec, family: Family, mesh: Mesh, state: Mapping[str, Te
     def get(name: str, part: Shard) -> Tensor:
         return _part(needed[found[name].name], found[name], part).to(device)
 
-    return load(model, mesh.layout, mesh.rank, get)
+    return load(model, mesh.layout, mesh.rank, get, mesh.tp)
 
 
 def _part(stored: Tensor, source: Source, shard: Shard) -> Tensor:
@@ -181,7 +185,7 @@ def _read(
     """This rank's part of the weights of a checkpoint: all ranks read it together, each byte once."""
     pretrained = opened(folder, ModelConfig(model, family, None, ()))
     with pretrained.checkpoint:
-        return pretrained.local(mesh.layout, mesh.tp, dtype, device, progress)
+        return pretrained.local(mesh.layout, mesh.tp, dtype, device, progress, tp=mesh.tp)
 
 
 def _replaced(model: PreTrainedModel, driver: Driver) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from headgrid.layout.batching import replica_rows
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check
 from headgrid.layout.memory import cache_shape
+from headgrid.layout.products import check_products
 from headgrid.layout.shards import parameters
 from headgrid.models import save as saving
 from headgrid.models.pretrained import Pretrained, open_pretrained
@@ -171,8 +172,13 @@ class Model:
     def save(self, folder: Path | str, *, progress: Progress | None = None) -> None:
         """Write the model in Hugging Face format, each rank its part; tokenizer and config are copied.
 
-        Raises InvalidInput if the folder is in use, NotAvailable if the disk cannot take it.
+        Raises InvalidInput if the folder is in use or the weights are in FP8, NotAvailable if the disk cannot take it.
         """
+        if self.layout.linears == "fp8":
+            raise InvalidInput(
+                f"{self.layout} has its matrices rounded to FP8, which is not the model that was loaded",
+                legal=(f"load with the layout {replace(self.layout, linears='model')}, then save",),
+            )
         views = by_name(parameters(self.spec, self.layout, self.world.index), self.weights)
         arguments = self.pretrained.sources, self.spec, self.layout, self.world, views, self.dtype
         saving.save(Path(folder), self.pretrained.folder, *arguments, progress)
@@ -244,8 +250,11 @@ def load(
     pool = GroupPool(rank)
     world = pool.axis("world", [tuple(range(ranks))])
     chosen = dtype if isinstance(dtype, torch.dtype) else torch_dtype(dtype or pretrained.dtype)
-    weights = pretrained.local(layout, world, chosen, place, progress)
-    return Model(pretrained, layout, Mesh(layout, pool), world, weights)
+    if place.type == "cuda":
+        check_products(pretrained.spec, layout)
+    mesh = Mesh(layout, pool)
+    weights = pretrained.local(layout, world, chosen, place, progress, tp=mesh.tp)
+    return Model(pretrained, layout, mesh, world, weights)
 
 
 def torch_dtype(name: str) -> torch.dtype:

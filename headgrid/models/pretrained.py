@@ -17,6 +17,7 @@ from headgrid.models.safetensors import Checkpoint, open_checkpoint
 from headgrid.models.stream import DTYPES, Progress
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.layer import Weights, allocate
+from headgrid.runtime.quantised import all_as_kept
 from headgrid.spec.model import ModelSpec, find_model, named_models
 
 
@@ -51,13 +52,20 @@ class Pretrained:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
+        *,
+        tp: Axis | None = None,
     ) -> Weights:
-        """This rank's weights, read together with the other ranks of `axis`, all of which call this."""
+        """This rank's weights, read together with the other ranks of `axis`, all of which call this.
+
+        With FP8 linears the ranks of `tp`, which share a layer, agree on scales when all is read: until then a rank
+        holds its part in `dtype`.
+        """
         if not axis.index:
             self._check_copies()
         weights, views = allocate(self.spec, layout, axis.ranks[axis.index], dtype, device)
         stream.load(self.checkpoint, self.sources, self.spec, layout, axis, views, progress)
-        return weights
+        del views  # each tensor is freed when it is rounded
+        return all_as_kept(layout, weights, tp)
 
     def _check_copies(self) -> None:
         """Raise InvalidInput where a head is stored beside the embeddings that it should be tied to, and differs."""

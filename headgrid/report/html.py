@@ -14,8 +14,9 @@ from headgrid.experiment.records import Phase, Record
 from headgrid.experiment.stats import PHASES
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
+from headgrid.report import conditions, partition, plots, tables
 from headgrid.report import format as fmt
-from headgrid.report import partition, plots, tables
+from headgrid.report.naming import caution, names
 from headgrid.spec.model import ModelSpec
 
 Json = Mapping[str, Any]
@@ -56,10 +57,12 @@ def render(design: Json, env: Json, records: Sequence[Record], summary: Json) ->
         memory=tables.memory(summary),
         traffic=[tables.traffic(summary, phase, layers) for phase in PHASES],
         validation=tables.validation(summary, records),
+        isolation=conditions.isolation(summary),
+        telemetry=[conditions.telemetry(summary, phase) for phase in PHASES],
         figures=list(_figures(design, records, summary, labels)),
         partitions=list(_partitions(layouts)),
         facts=list(_facts(design, env, records)),
-        raw=[tables.all_blocks(labels, records, phase) for phase in PHASES],
+        raw=[tables.all_blocks({k: names(summary)[k] for k in labels}, records, phase) for phase in PHASES],
     )
 
 
@@ -96,15 +99,15 @@ def outcome(summary: Json, margin: float) -> str:
     )
     if failed and not any(arm["verify"] for arm in arms):
         checked = "no arm has been checked against the reference"
-    parts = [checked]
+    parts, called = [checked], names(summary)
     for phase in PHASES:
         rows = [row for row in summary["comparisons"] if row["phase"] == phase and row["b"] == baseline]
-        parts.append(_phase_outcome([row for row in rows if row["a"] not in twins], phase, baseline, margin))
+        parts.append(_phase_outcome([row for row in rows if row["a"] not in twins], phase, baseline, margin, called))
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + "."
 
 
-def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: float) -> str:
+def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: float, called: Mapping[str, str]) -> str:
     known = [row for row in rows if row["ratio"] is not None]
     if not known:
         return f"{phase} was not compared"
@@ -114,9 +117,11 @@ def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: fl
     faster = [row for row in known if row["verdict"] == "faster"]
     if faster:
         best = max(faster, key=lambda row: row["ratio"])
-        return f"in {phase}, {best['a']} handled {_gain(best)} more tokens per second than {baseline}{_within(best)}"
+        gain = f"{_gain(best)} more tokens per second than {called[baseline]}{_within(best)}"
+        return f"in {phase}, {called[best['a']]} handled {gain}"
     if all(row["verdict"] == "slower" for row in known):
-        return f"in {phase}, every other layout was slower than {baseline}, the closest, {best['a']}, by {_gain(best)}"
+        closest = f"the closest, {called[best['a']]}, by {_gain(best)}"
+        return f"in {phase}, every other layout was slower than {called[baseline]}, {closest}"
     if all(row["verdict"] == "equivalent" for row in known):
         return f"in {phase}, all layouts were as fast as {baseline}, within {fmt.percent(margin)}"
     return f"in {phase}, no layout was shown to be faster than {baseline}"
@@ -142,20 +147,19 @@ def _warnings(design: Json, env: Json, summary: Json) -> list[str]:
 
 
 def _figures(design: Json, records: Sequence[Record], summary: Json, labels: Sequence[str]) -> Iterator[Figure]:
-    arms = summary["arms"]
+    arms, less_exact = summary["arms"], caution(summary)
     prefill = plots.bars("prefill", arms, "prefill_tokens_per_s", 1.0, "tokens per second")
-    yield Figure("Prefill throughput", prefill, "Higher is better.")
-    yield Figure("Decode TPOT", plots.bars("tpot", arms, "decode_tpot_s", 1e3, "ms per token"), "Lower is better.")
+    yield Figure("Prefill throughput", prefill, f"Higher is better.{less_exact}")
+    tpot = plots.bars("tpot", arms, "decode_tpot_s", 1e3, "ms per token")
+    yield Figure("Decode TPOT", tpot, f"Lower is better.{less_exact}")
     for phase in PHASES:
         rows = [row for row in summary["comparisons"] if row["phase"] == phase]
-        yield Figure(
-            f"{phase.capitalize()} ratios", plots.ratios(f"ratio-{phase}", rows, design["margin"]), "Right is faster."
-        )
+        drawing = plots.ratios(f"ratio-{phase}", rows, design["margin"])
+        yield Figure(f"{phase.capitalize()} ratios", drawing, f"Right is faster.{less_exact}")
     for phase in PHASES:
         drawing = plots.blocks_over_time(f"blocks-{phase}", labels, records, phase)
-        yield Figure(
-            f"{phase.capitalize()} blocks as they ran", drawing, "Drift moves all lines; warm-up blocks are left out."
-        )
+        told = f"Drift moves all lines; warm-up blocks are left out.{less_exact}"
+        yield Figure(f"{phase.capitalize()} blocks as they ran", drawing, told)
     twins = {arm["label"] for arm in arms if arm["role"] == "aa"}
     yield from _timelines([record for record in records if record["kind"] == "pipeline" and record["arm"] not in twins])
 

@@ -202,8 +202,17 @@ def _timeline_text(events: Sequence[Mapping[str, Any]], stages: int) -> str:
     return f"Timeline: {'; '.join(parts)}."
 
 
+def _covered_s(events: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds in which at least one of the events goes on: micro-batches may take turns."""
+    covered, until = 0.0, float("-inf")
+    for event in sorted(events, key=lambda event: event["start_s"]):
+        covered += max(0.0, event["end_s"] - max(event["start_s"], until))
+        until = max(until, event["end_s"])
+    return covered
+
+
 def _idle(shown: Sequence[Mapping[str, Any]], stages: int, span: float, events: Sequence[Mapping[str, Any]]) -> str:
-    busy = sum(event["end_s"] - event["start_s"] for event in shown)
+    busy = sum(_covered_s([event for event in shown if event["stage"] == stage]) for stage in range(stages))
     idle = percent(max(0.0, 1 - busy / (stages * span))) if span > 0 else NOT_MEASURED
     cut = f" The first {MAX_STEPS} steps are drawn." if len(shown) < len(events) else ""
     return f"Stages are idle for {idle} of the time drawn.{cut}"

@@ -8,6 +8,8 @@ from headgrid.experiment.records import BlockKey, Phase, Record, block_times
 from headgrid.experiment.stats import MEMORY_PARTS, PHASES, SEED_LABEL
 from headgrid.report import format as fmt
 from headgrid.report.format import NOT_MEASURED
+from headgrid.report.marks import LEGEND, isolation_line, sampling_line, sign, signed
+from headgrid.report.naming import named, names
 
 Summary = Mapping[str, Any]
 NOT_APPLICABLE = "\N{EN DASH}"
@@ -73,7 +75,8 @@ def verdicts(summary: Summary) -> Table:
     note = (
         "Relative L2 error of the logits against the fp64 reference. The noise floor is the error of the plain"
         " single-device model in the same dtype; the bound is the multiple of it that the design allows. Greedy tokens"
-        " must match wherever the reference's top two differ by more than rounding; ties are where they do not."
+        " must match wherever the reference's top two differ by more than rounding; ties are where they do not. An arm"
+        " with FP8 linears has the floor of the single-device model with FP8 linears."
     )
     return Table("Accuracy", head, rows, note)
 
@@ -88,7 +91,7 @@ def _verdict_rows(arm: Mapping[str, Any]) -> Iterator[list[Cell]]:
         row = [Cell(phase), *_cells((*texts, fmt.scientific(figures.get("max_abs_error"))))]
         if number == 0:
             verified = _yes(arm["verified"] if arm["verify"] else None)
-            row = [_name(arm["label"], len(PHASES)), Cell(verified.text, verified.css, len(PHASES)), *row]
+            row = [_name(named(arm), len(PHASES)), Cell(verified.text, verified.css, len(PHASES)), *row]
             row.append(Cell(_greedy(check["greedy"]), "", len(PHASES)))
         yield row
 
@@ -127,7 +130,10 @@ def performance(summary: Summary) -> Table:
     for index, arm in enumerate(arms):
         figure = arm["prefill_tokens_per_s"] or arm["decode_tpot_s"]
         units = str(figure["n"]) if figure else NOT_MEASURED
-        rows.append([_name(arm["label"]), *_cells((*prefill[index], *decode[index][:2], *tpot[index], units))])
+        marks = [sign(summary, phase, arm["label"]) for phase in PHASES]
+        texts = [signed(prefill[index][0], marks[0]), *prefill[index][1:], signed(decode[index][0], marks[1])]
+        texts += [decode[index][1], signed(tpot[index][0], marks[1]), *tpot[index][1:], units]
+        rows.append([_name(named(arm)), *_cells(texts)])
     return Table("Performance metrics", head, rows, _performance_note(summary))
 
 
@@ -138,8 +144,13 @@ def _performance_note(summary: Summary) -> str:
     over = f" n counts the unit of the intervals: {' or '.join(sorted(units))}." if units else ""
     return (
         "TPS in tokens per second, all ranks together. Prefill TPS = batch times sequence length / time; TPOT = time of"
-        f" all decode steps / their number; a block's time is that of its slowest rank.{over}"
+        f" all decode steps / their number; a block's time is that of its slowest rank.{over}{_legend(summary)}"
     )
+
+
+def _legend(summary: Summary) -> str:
+    labels = [arm["label"] for arm in summary["arms"]]
+    return f" {LEGEND}" if any(sign(summary, phase, *labels) for phase in PHASES) else ""
 
 
 def comparisons(summary: Summary, phase: Phase, margin: float) -> Table:
@@ -155,7 +166,9 @@ def comparisons(summary: Summary, phase: Phase, margin: float) -> Table:
         "seed's p (not trusted)",
         "seed's d (not trusted)",
     )
-    rows = [_comparison(row) for row in summary["comparisons"] if row["phase"] == phase]
+    called = names(summary)
+    chosen = [row for row in summary["comparisons"] if row["phase"] == phase]
+    rows = [_comparison(row, called, sign(summary, phase, row["a"], row["b"])) for row in chosen]
     units = sorted({row["unit"] for row in summary["comparisons"] if row["unit"]})
     note = (
         "Ratio of throughputs, first arm over second: above 1 the first is faster. It is taken inside each block, so"
@@ -180,12 +193,13 @@ def noise_line(summary: Summary) -> str:
 VERDICT_CSS = {"faster": "good", "slower": "bad"}
 
 
-def _comparison(row: Mapping[str, Any]) -> list[Cell]:
+def _comparison(row: Mapping[str, Any], called: Mapping[str, str], mark: str) -> list[Cell]:
     changes = (row["ratio"] - 1, 1 / row["ratio"] - 1) if row["ratio"] else (None, None)
     seed = row["seed_statistics"]
-    texts = (*fmt.ratio(row["ratio"], row["ci95"]), *(fmt.change(change) for change in changes))
+    ratio, ci95 = fmt.ratio(row["ratio"], row["ci95"])
+    texts = (signed(ratio, mark), ci95, *(fmt.change(change) for change in changes))
     return [
-        _name(f"{row['a']} / {row['b']}"),
+        _name(f"{called[row['a']]} / {called[row['b']]}"),
         *_cells(texts),
         Cell(row["verdict"], VERDICT_CSS.get(row["verdict"], "")),
         *_cells([str(row["n"])]),
@@ -224,7 +238,7 @@ def _memory_rows(arm: Mapping[str, Any], divisor: int) -> Iterator[list[Cell]]:
             both = measured and predicted and measured["total"] and predicted["total"]
             change = measured["total"] / predicted["total"] - 1 if both else None
             text = fmt.change(change)
-            row = [_name(arm["label"], 2), *row, Cell(text, "number" if both else "number unknown", 2)]
+            row = [_name(named(arm), 2), *row, Cell(text, "number" if both else "number unknown", 2)]
         yield row
 
 
@@ -260,7 +274,7 @@ def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> I
     ops = [op for op in arm["traffic"] if op["phase"] == phase]
     if not ops:  # an arm is verified after its traffic was watched
         yield [
-            _name(arm["label"]),
+            _name(named(arm)),
             *_cells(["none issued" if arm["verified"] else NOT_MEASURED] + [NOT_APPLICABLE] * 8),
         ]
     total = [_total(ops, key) for key in ("calls", "bytes_per_rank", "time_s")]
@@ -269,7 +283,7 @@ def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> I
         row = [Cell(op["collective"]), Cell(op["axis"]), Cell("each layer" if op["per_layer"] else "not per layer")]
         row += _cells((f"{op['calls']:,}", fmt.size(op["bytes_per_rank"]), fmt.duration(op["time_s"])))
         row += _cells((_per(op["bytes_per_rank"], share, fmt.size), _per(op["time_s"], share, fmt.duration)))
-        head = [_name(arm["label"], len(ops) + (len(ops) > 1))] if number == 0 else []
+        head = [_name(named(arm), len(ops) + (len(ops) > 1))] if number == 0 else []
         yield [*head, *row, _yes(op["as_predicted"])]
     if len(ops) > 1:
         texts = (fmt.plain(total[0]), fmt.size(total[1]), fmt.duration(total[2]), NOT_APPLICABLE, NOT_APPLICABLE)
@@ -302,8 +316,8 @@ def validation(summary: Summary, records: Sequence[Record]) -> Table:
         [_name("Numerical accuracy"), Cell(_accuracy(summary))],
         [_name("Reproducibility"), Cell(_spread(summary))],
         [_name("Fairness"), Cell(_fairness(len(launches), inputs))],
-        [_name("Isolation from other work"), Cell(NOT_MEASURED, "unknown")],
-        [_name("GPU, memory bandwidth and NVLink utilization"), Cell(NOT_MEASURED, "unknown")],
+        [_name("Isolation from other work"), *_cells([isolation_line(summary)], "")],
+        [_name("GPU, memory bandwidth and NVLink utilization"), *_cells([sampling_line(summary)], "")],
     ]
     return Table("Validation checks", ("Check", "Result"), rows)
 
@@ -335,8 +349,8 @@ def _fairness(launches: int, inputs: set[str]) -> str:
 # --- raw -------------------------------------------------------------------------------------------------------------
 
 
-def all_blocks(labels: Sequence[str], records: Sequence[Record], phase: Phase) -> Table:
-    """Every timed block's time in ms, as the statistics use it."""
+def all_blocks(labels: Mapping[str, str], records: Sequence[Record], phase: Phase) -> Table:
+    """Every timed block's time in ms, as the statistics use it; `labels` of arms, and what they are called."""
     times = {label: block_times(records, label, phase) for label in labels}
     keys: list[BlockKey] = sorted({key for series in times.values() for key in series})
     rows = [
@@ -348,4 +362,4 @@ def all_blocks(labels: Sequence[str], records: Sequence[Record], phase: Phase) -
         ]
         for key in keys
     ]
-    return Table(f"Time of every {phase} block, ms (slowest rank)", ("Block", *labels), rows, level=4)
+    return Table(f"Time of every {phase} block, ms (slowest rank)", ("Block", *labels.values()), rows, level=4)

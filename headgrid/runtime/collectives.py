@@ -82,9 +82,13 @@ class Axis:
         self.name, self.ranks, self.group = name, tuple(ranks), group
         self.size, self.index = len(self.ranks), self.ranks.index(rank)
         self.observers: list[Observer] = []
+        self.meanwhile: Callable[[], None] | None = None
+        """What this rank does between the start of a collective and its wait. None: it waits at once, and on CUDA the
+        collective runs on the current stream.
+        """
 
     def _issue(self, kind: str, size: int, *, overlapped: bool = False) -> Issued:
-        issued = Issued(kind, self.name, size, overlapped)
+        issued = Issued(kind, self.name, size, overlapped or self.meanwhile is not None)
         for observer in self.observers:
             observer.before(issued)
         return issued
@@ -93,6 +97,16 @@ class Axis:
         for observer in self.observers:
             observer.after(issued, result)
         return result
+
+    def _complete(self, collective: Callable[..., dist.Work | None]) -> None:
+        """Run it to its end. Until the wait, its work keeps the tensors that it reads and writes alive."""
+        if self.meanwhile is None:
+            collective()
+            return
+        work = collective(async_op=True)
+        assert work is not None
+        self.meanwhile()
+        work.wait()
 
     def all_reduce(self, x: Tensor, *, alike: bool = True) -> Tensor:
         """Sum of `x` over the axis, in place and returned; with gradients a new tensor. `x` contiguous, of any shape
@@ -107,7 +121,7 @@ class Axis:
 
     def _sum(self, x: Tensor) -> Tensor:
         issued = self._issue("all_reduce", 2 * (self.size - 1) * _size_bytes(x) // self.size)
-        dist.all_reduce(x, group=self.group)
+        self._complete(partial(dist.all_reduce, x, group=self.group))
         return self._done(issued, x)
 
     def _sum_copy(self, x: Tensor) -> Tensor:
@@ -146,10 +160,12 @@ class Axis:
         x = x.contiguous()
         issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
         out = x.new_empty(sum(sizes))
-        self._start_gather(out, x, sizes, async_op=False)
+        self._complete(partial(self._start_gather, out, x, sizes))
         return self._done(issued, out)
 
-    def _start_gather(self, out: Tensor, x: Tensor, sizes: Sequence[int], *, async_op: bool) -> dist.Work | None:
+    def _start_gather(
+        self, out: Tensor, x: Tensor, sizes: Sequence[int], *, async_op: bool = False
+    ) -> dist.Work | None:
         if len(set(sizes)) == 1:
             return _all_gather(out, x, group=self.group, async_op=async_op)
         # gloo refuses uneven all-gathers; its uneven all-to-all works
@@ -173,10 +189,11 @@ class Axis:
         issued = self._issue("reduce_scatter", (x.numel() - mine) * x.element_size())
         if len(set(sizes)) == 1:
             out = x.new_empty(mine)
-            _reduce_scatter(out, x, group=self.group)
+            self._complete(partial(_reduce_scatter, out, x, group=self.group))
         else:
             parts = x.new_empty(mine * self.size)
-            dist.all_to_all_single(parts, x, [mine] * self.size, list(sizes), group=self.group)
+            splits = [mine] * self.size, list(sizes)
+            self._complete(partial(dist.all_to_all_single, parts, x, *splits, group=self.group))
             wide = torch.promote_types(x.dtype, torch.float32)
             out = parts.view(self.size, mine).sum(0, dtype=wide).to(x.dtype)
         return self._done(issued, out)
@@ -194,7 +211,7 @@ class Axis:
         x = x.contiguous()
         issued = self._issue("all_to_all", (x.numel() - send[self.index]) * x.element_size())
         out = x.new_empty(sum(receive))
-        dist.all_to_all_single(out, x, list(receive), list(send), group=self.group)
+        self._complete(partial(dist.all_to_all_single, out, x, list(receive), list(send), group=self.group))
         return self._done(issued, out)
 
     def start_send(self, x: Tensor, to: int) -> dist.Work | None:

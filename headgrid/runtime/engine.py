@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ from headgrid.runtime.peers import direct_stage
 from headgrid.runtime.prefill import prefill_of
 from headgrid.runtime.sampling import Sampling, choose
 from headgrid.runtime.stage import Stage, StageCall
+from headgrid.runtime.turns import Job
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -112,12 +114,16 @@ class Engine:
         mine = prompts[self.rows.start : self.rows.stop].to(self.device)
         self.ended.zero_()
         self._set_steps(0)
-        arriving = self._expect(self.path.hidden_tokens(self.prefill_plan[0]))
-        for k, call in enumerate(self.prefill_plan):
-            x = self._ids(mine, call) if self.stage.first else _arrived(arriving)
-            if k + 1 < len(self.prefill_plan):
-                arriving = self._expect(self.path.hidden_tokens(self.prefill_plan[k + 1]))
-            self._hand_on(_observed(observe, "prefill", k, 0, lambda x=x, c=call: self.path.forward(x, c)), call)
+        plan, arriving = self.prefill_plan, [self._expect(self.path.hidden_tokens(self.prefill_plan[0]))]
+
+        def compute(k: int) -> Tensor:
+            x = self._ids(mine, plan[k]) if self.stage.first else _arrived(arriving.pop())
+            if k + 1 < len(plan):
+                arriving.append(self._expect(self.path.hidden_tokens(plan[k + 1])))
+            return _observed(observe, "prefill", k, 0, lambda: self.path.forward(x, plan[k]))
+
+        jobs = (Job(c.micro_batch, partial(compute, k), partial(self._hand_on, c)) for k, c in enumerate(plan))
+        self.path.turns.run(jobs)
         self._set_steps(0)
         if self.stage.last:
             self._return_tokens(self.tokens)
@@ -210,7 +216,7 @@ class Engine:
         self.logits.index_copy_(0, local, logits)
         self.tokens.index_copy_(0, local, tokens)
 
-    def _hand_on(self, y: Tensor, call: Call) -> None:
+    def _hand_on(self, call: Call, y: Tensor) -> None:
         if not self.stage.last:
             self._send(y)
             return

@@ -9,7 +9,9 @@ All of a micro-batch's sequences pass a layer before the next layer is gathered:
 weights, is paid once for all of them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,9 +23,12 @@ from headgrid.layout.span import Span
 from headgrid.layout.traffic import over_heads
 from headgrid.runtime.collectives import Receipt
 from headgrid.runtime.exchange import Slices
+from headgrid.runtime.hidden import Hidden
 from headgrid.runtime.layer import Layer
 from headgrid.runtime.mesh import Mesh
-from headgrid.runtime.stage import Hidden, Stage, StageCall, prefill_call
+from headgrid.runtime.quantised import Quantised, as_received, matrix_as_sent
+from headgrid.runtime.stage import Stage, StageCall, prefill_call
+from headgrid.runtime.turns import Job, Turns
 from headgrid.spec.workload import Workload
 
 
@@ -37,6 +42,8 @@ class GatheredPrefill:
             model, over_heads(layout), mesh.stage_over_heads, stage.weights, stage.cache, stage.owned, stage.positions
         )
         self.stages = (stage, self.over_heads)
+        self.turns = Turns((), layout.calls_at_once)
+        self._turns_in_layer = Turns((self.over_heads.mesh.tp,), layout.pieces_at_once)
         m, first = layout.num_dim_slices, mesh.at.head_group * layout.num_dim_slices
         owners = head_shards(model, layout)[first : first + m]
         # gathered channels stay in slice order, as the exchange `batch` caches them
@@ -47,12 +54,13 @@ class GatheredPrefill:
     def pieces(self, micro_batch: MicroBatch) -> list[StageCall]:
         """This slice's own sequences of a micro-batch, in the pieces in which a layer computes them."""
         mine, stage = micro_batch.parts[self.slice.index], self.stage
-        calls = [Call(MicroBatch((rows.shift(mine.start),)), span) for rows, span in pieces(len(mine), self.workload)]
+        several = pieces(stage.layout, len(mine), self.workload)
+        calls = [Call(MicroBatch((rows.shift(mine.start),)), span) for rows, span in several]
         return [prefill_call(stage.model, self.workload, call, stage.device) for call in calls]
 
     def hidden_tokens(self, call: Call) -> int:
         """Tokens of a call whose hidden states this rank holds: of its slice's sequences."""
-        sizes = pieces(len(call.micro_batch.parts[self.slice.index]), self.workload)
+        sizes = pieces(self.stage.layout, len(call.micro_batch.parts[self.slice.index]), self.workload)
         return sum(len(self.over_heads.residual.own(len(rows) * len(positions))) for rows, positions in sizes)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -72,15 +80,24 @@ class GatheredPrefill:
             layer = self._assemble(self.stage.layers[index], pending)
             if index + 1 < len(self.stage.layers):
                 pending = self._start(self.stage.layers[index + 1])
-            for k, piece in enumerate(calls):
-                hidden = Hidden(parts[k])
-                self.over_heads.apply(layer, index, hidden, piece)
-                parts[k] = self.over_heads.settled(hidden)
-                del hidden
+            self._apply(layer, index, parts, calls)
             del layer
         if self.stage.last:
             return self._logits(parts, calls, micro_batch)
         return torch.cat(parts) if torch.is_grad_enabled() else x
+
+    def _apply(self, layer: Layer, index: int, parts: list[Tensor], calls: list[StageCall]) -> None:
+        """A layer on the hidden states of all pieces, which are replaced."""
+
+        def compute(k: int) -> Tensor:
+            hidden = Hidden(parts[k])
+            self.over_heads.apply(layer, index, hidden, calls[k])
+            return self.over_heads.settled(hidden)
+
+        jobs = (
+            Job(call.micro_batch, partial(compute, k), partial(parts.__setitem__, k)) for k, call in enumerate(calls)
+        )
+        self._turns_in_layer.run(jobs)
 
     def _embed(self, tokens: Tensor, mine: Span, calls: list[StageCall]) -> Tensor:
         """This slice's sequences [b_j, s] -> hidden states; the group's part of the vocabulary is gathered for it."""
@@ -117,7 +134,13 @@ class GatheredPrefill:
 
     def _start(self, layer: Layer) -> dict[str, Receipt]:
         """Begin to gather the slices of the four matrices, and of biases and head norms, which are cut like them."""
-        parts = {"qkv": layer.qkv[0], "o": layer.o[0], "up": layer.up[0], "down": layer.down[0]}
+        matrices = {"qkv": layer.qkv[0], "o": layer.o[0], "up": layer.up[0], "down": layer.down[0]}
+        parts = {name: matrix_as_sent(weight) for name, weight in matrices.items()}
+        parts |= {  # those of `o` and `down` are of whole rows, which all slices have
+            f"{name} scale": weight.scales
+            for name, weight in matrices.items()
+            if isinstance(weight, Quantised) and name in ("qkv", "up")
+        }
         parts |= {
             f"{name} bias": bias for name, bias in (("qkv", layer.qkv[1]), ("up", layer.up[1])) if bias is not None
         }
@@ -155,7 +178,10 @@ class GatheredPrefill:
                 slices, [part.view(width, -1) for part, width in zip(arrived(name), slices.row_widths, strict=True)]
             )
 
-        qkv = rows("qkv"), rows("qkv bias").view(-1) if layer.qkv[1] is not None else None
+        def vector(name: str, whole: Callable[[str], Tensor]) -> Tensor | None:
+            return whole(name).view(-1) if name in pending else None
+
+        qkv = as_received(rows("qkv"), layer.qkv[0], vector("qkv scale", rows)), vector("qkv bias", rows)
         o = torch.cat([part.view(hidden, slices.heads, -1) for part in arrived("o")], dim=-1).flatten(1)
 
         def up_rows(name: str) -> Tensor:
@@ -164,12 +190,13 @@ class GatheredPrefill:
             halves = [part.chunk(2) for part in arrived(name)]
             return torch.cat([half for both in zip(*halves, strict=True) for half in both])
 
-        up, up_bias = up_rows("up").view(-1, hidden), up_rows("up bias") if layer.up[1] is not None else None
+        whole_up = up_rows("up").view(-1, hidden)
+        up = as_received(whole_up, layer.up[0], vector("up scale", up_rows)), vector("up bias", up_rows)
         down = torch.cat([part.view(hidden, -1) for part in arrived("down")], dim=-1)
         norms = (pending.pop(f"{name} norm").wait() if layer.q_norm is not None else None for name in "qk")
         q_norm, k_norm = norms
-        linears = {"qkv": qkv, "o": (o, layer.o[1]), "up": (up, up_bias), "down": (down, layer.down[1])}
-        return replace(layer, **linears, q_norm=q_norm, k_norm=k_norm)
+        o, down = ((as_received(whole, weight), bias) for whole, (weight, bias) in ((o, layer.o), (down, layer.down)))
+        return replace(layer, qkv=qkv, o=o, up=up, down=down, q_norm=q_norm, k_norm=k_norm)
 
 
 def _heads_together(slices: Slices, blocks: list[Tensor]) -> Tensor:

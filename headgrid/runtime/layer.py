@@ -1,6 +1,6 @@
 """The local weights of a rank, and of these the weights of one layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from headgrid.layout.layout import Layout
 from headgrid.layout.shards import Shard, parameters, stacks
+from headgrid.runtime.collectives import Axis
+from headgrid.runtime.quantised import Weight, as_kept, quantised_if
 from headgrid.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
 Norm = tuple[Tensor, Tensor | None]
-Linear = tuple[Tensor, Tensor | None]
+Linear = tuple[Weight, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +57,29 @@ def by_name(shards: dict[str, Shard], weights: Weights) -> dict[str, Tensor]:
     return views
 
 
-def load(model: ModelSpec, layout: Layout, rank: int, get: Callable[..., Tensor]) -> Weights:
-    """Every tensor of `rank`, from `get(name, shard)`, which returns the shard."""
-    shards = parameters(model, layout, rank)
-    name = next(iter(shards))
-    part = get(name, shards[name])
-    weights, views = allocate(model, layout, rank, part.dtype, part.device)
-    for each, view in views.items():
-        if each != name:
-            del part  # at most one is held twice
-            part, name = get(each, shards[each]), each
-        view.copy_(part)
+def load(model: ModelSpec, layout: Layout, rank: int, get: Callable[..., Tensor], tp: Axis | None = None) -> Weights:
+    """Every tensor of `rank`, from `get(name, shard)`, which returns the shard, as it is stored.
+
+    With FP8 linears `tp` are the ranks that share a layer, all of which call this; at most one matrix at a time is
+    there in the dtype in which it is got.
+    """
+    shards, weights = parameters(model, layout, rank), Weights()
+    for stored, names in stacks(shards).items():
+        weights |= as_kept(layout, stored, _stacked([shards[name] for name in names], names, get), tp)
     return weights
+
+
+def _stacked(shards: Sequence[Shard], names: Sequence[str], get: Callable[..., Tensor]) -> Tensor:
+    """Tensors one below the other; at most one is held twice."""
+    part, done = get(names[0], shards[0]), shards[0].local_shape[0]
+    whole = part.new_empty(sum(shard.local_shape[0] for shard in shards), *part.shape[1:])
+    whole[:done].copy_(part)
+    for name, shard in zip(names[1:], shards[1:], strict=True):
+        del part
+        part = get(name, shard)
+        whole[done : done + len(part)].copy_(part)
+        done += len(part)
+    return whole
 
 
 def layer_weights(weights: Weights, index: int) -> Layer:
@@ -78,14 +91,18 @@ def layer_weights(weights: Weights, index: int) -> Layer:
     def if_any(name: str) -> Norm | None:
         return pair(name) if f"layers.{index}.{name}.weight" in weights else None
 
+    def linear(name: str) -> Linear:
+        stem = f"layers.{index}.{name}"
+        return quantised_if(weights, f"{stem}.weight"), weights.get(f"{stem}.bias")
+
     q_norm, k_norm = (weights.get(f"layers.{index}.attention.{name}_norm.weight") for name in "qk")
     return Layer(
         pair("attention.norm"),
-        pair("attention.qkv"),
-        pair("attention.o"),
+        linear("attention.qkv"),
+        linear("attention.o"),
         pair("mlp.norm"),
-        pair("mlp.gate_up" if f"layers.{index}.mlp.gate_up.weight" in weights else "mlp.up"),
-        pair("mlp.down"),
+        linear("mlp.gate_up" if f"layers.{index}.mlp.gate_up.weight" in weights else "mlp.up"),
+        linear("mlp.down"),
         q_norm,
         k_norm,
         if_any("attention.post_norm"),

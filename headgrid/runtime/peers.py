@@ -14,8 +14,10 @@ from torch import Tensor
 from headgrid.layout.batching import MicroBatch
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import Core, Slices
+from headgrid.runtime.hidden import Hidden
 from headgrid.runtime.layer import Layer, Norm
-from headgrid.runtime.stage import Hidden, Stage, StageCall
+from headgrid.runtime.quantised import Input, Weight, linear_into
+from headgrid.runtime.stage import Stage, StageCall
 from headgrid.spec.model import ModelSpec
 
 LARGEST_BYTES = 4 << 20
@@ -57,9 +59,9 @@ class Sums:
         self.window = Window(tp, 2 * tokens * width, dtype, device)
         self.rooms = self.window.local.view(2, tokens, width)
 
-    def put(self, room: int, x: Tensor, weight: Tensor) -> None:
+    def put(self, room: int, x: Input, weight: Weight, tokens: int) -> None:
         """x [T, local] times weight [D, local], this rank's part of a sum, into a room."""
-        torch.mm(x, weight.t(), out=self.rooms[room, : len(x)])
+        linear_into(self.rooms[room, :tokens], x, weight)
 
     def fold(self, room: int, x: Tensor, norm: Norm | None) -> Tensor:
         """x [T, D] += the sum over ranks of what is in the room; returns its norm [T, D], or x where there is none."""
@@ -156,9 +158,11 @@ class DirectStage(Stage):
 
     def apply(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> None:
         """Both halves of a layer; what they add waits in a room until the next norm or the stage's end."""
-        self.sums.put(0, self._attended(layer, index, hidden, call), layer.o[0])
+        self.sums.put(0, self._attended(layer, index, hidden, call), layer.o[0], call.tokens)
         self._room = 0
-        self.sums.put(1, self._units(self._before(hidden, layer.mlp_norm, call), *layer.up), layer.down[0])
+        self.sums.put(
+            1, self.activated(self._before(hidden, layer.mlp_norm, call), *layer.up), layer.down[0], call.tokens
+        )
         self._room = 1
         if self.watch is not None:
             self.watch(index, call, self.settled(hidden))
@@ -170,7 +174,7 @@ class DirectStage(Stage):
             self._room = None
         return hidden.x
 
-    def _before(self, hidden: Hidden, norm: Norm, call: StageCall) -> Tensor:
+    def _before(self, hidden: Hidden, norm: Norm, call: StageCall) -> Input:
         """What a half of a layer gets: all tokens [T, D], normed, with the last half's sum."""
         if self._room is None:
             return super()._before(hidden, norm, call)
@@ -182,10 +186,8 @@ class DirectStage(Stage):
         shuffle = self.shuffles.get(call.micro_batch)
         if shuffle is None:
             return super()._attended(layer, index, hidden, call)
-        room, (weight, bias) = shuffle.projections, layer.qkv
-        normed = self._before(hidden, layer.attention_norm, call)
-        torch.mm(normed, weight.t(), out=room) if bias is None else torch.addmm(bias, normed, weight.t(), out=room)
-        self._positioned(room.unsqueeze(1), layer, index, call)
+        linear_into(shuffle.projections, self._before(hidden, layer.attention_norm, call), *layer.qkv)
+        self._positioned(shuffle.projections.unsqueeze(1), layer, index, call)
         return shuffle(self._core(index, call))
 
 

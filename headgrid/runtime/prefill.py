@@ -9,11 +9,17 @@ from headgrid.layout.layout import Layout
 from headgrid.runtime.gathered import GatheredPrefill
 from headgrid.runtime.mesh import Mesh
 from headgrid.runtime.stage import Stage, prefill_call
+from headgrid.runtime.turns import Turns
 from headgrid.spec.workload import Workload
 
 
 class Prefill(Protocol):
     """Runs calls of prefill through one stage."""
+
+    @property
+    def turns(self) -> Turns:
+        """How the calls follow each other."""
+        ...
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -34,9 +40,10 @@ class Prefill(Protocol):
 class StationaryPrefill:
     """On the weights as they are stored."""
 
-    def __init__(self, stage: Stage, workload: Workload) -> None:
+    def __init__(self, layout: Layout, mesh: Mesh, stage: Stage, workload: Workload) -> None:
         """`stage` computes."""
         self.stage, self.workload = stage, workload
+        self.turns = Turns((mesh.tp, mesh.tp_slice), layout.calls_at_once)
         self.stages = (stage,)
 
     def hidden_tokens(self, call: Call) -> int:
@@ -52,4 +59,4 @@ def prefill_of(layout: Layout, mesh: Mesh, stage: Stage, workload: Workload) -> 
     """How this layout's prefill passes through the stage."""
     if layout.weights == "gathered":
         return GatheredPrefill(layout, mesh, stage, workload)
-    return StationaryPrefill(stage, workload)
+    return StationaryPrefill(layout, mesh, stage, workload)

@@ -24,9 +24,12 @@ from headgrid.layout.span import Span, Spans, balanced
 from headgrid.runtime.attention import Queries, Rule
 from headgrid.runtime.cache import KVCache
 from headgrid.runtime.exchange import EXCHANGES, Core, Slices
+from headgrid.runtime.hidden import Hidden, added
 from headgrid.runtime.kernels import fused
-from headgrid.runtime.layer import Layer, Norm, Weights, layer_weights
+from headgrid.runtime.layer import Layer, Linear, Norm, Weights, layer_weights
 from headgrid.runtime.mesh import StageAxes
+from headgrid.runtime.mlp import Units
+from headgrid.runtime.quantised import Input, Rounded, Weight, linear
 from headgrid.runtime.residual import Replicated, Residual, Sharded
 from headgrid.runtime.rotary import Rotation, rotate, rotated, rotation
 from headgrid.spec.model import ModelSpec
@@ -58,21 +61,6 @@ def prefill_call(model: ModelSpec, workload: Workload, call: Call, device: torch
     own = None if model.is_causal else tuple(lengths[row] for row in rows)
     queries = Queries(len(positions), (positions.start,) * len(rows), starts, lengths=own)
     return StageCall(call.micro_batch, queries, call.wanted(workload))
-
-
-class Hidden:
-    """Hidden states x [T_r, D] of this rank's tokens, and `more` [T_r, D] that has still to be added to them: the norm
-    that follows does it on its way.
-    """
-
-    __slots__ = ("more", "x")
-
-    def __init__(self, x: Tensor) -> None:
-        """Nothing is to be added yet."""
-        self.x, self.more = x, None
-
-    x: Tensor
-    more: Tensor | None
 
 
 LayerWatch = Callable[[int, StageCall, Tensor], None]
@@ -112,12 +100,14 @@ class Stage:
         fp32 = layout.residual_dtype == "fp32"
         self.residual_dtype = torch.promote_types(self.dtype, torch.float32) if fp32 else self.dtype
         self.residual: Residual = Sharded(mesh.tp) if layout.residual == "sharded" else Replicated(mesh.tp)
-        self._no_bias = some.new_zeros(0)
+        self.activated = Units(model)
         self.positions = model.max_positions if positions is None else positions
         self.embedding_scale = torch.tensor(model.embedding_scale, dtype=self.dtype).item()
         self.rotations = self.tables([own.qk_channels])
         self.watch: LayerWatch | None = None
-        self._adds_products = mesh.tp.size == 1 and model.norm_placement == "pre" and self.residual_dtype == self.dtype
+        self.rounds = layout.linears == "fp8" and layout.residual == "replicated"
+        alone = mesh.tp.size == 1 and model.norm_placement == "pre" and self.residual_dtype == self.dtype
+        self._sums_alone = alone and self.device.type == "cuda"
 
     @functools.cached_property
     def layers(self) -> list[Layer]:
@@ -175,7 +165,7 @@ class Stage:
     def settled(self, hidden: Hidden) -> Tensor:
         """The hidden states [T_r, D] with all that was to be added: in place, unless gradients need it."""
         if hidden.more is not None:
-            hidden.x, hidden.more = _added(hidden.x, hidden.more), None
+            hidden.x, hidden.more = added(hidden.x, hidden.more), None
         return hidden.x
 
     def attention_half(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor | None:
@@ -193,12 +183,16 @@ class Stage:
             total = self._norm(self.settled(hidden), norm)
             hidden.x = total if torch.is_grad_enabled() else hidden.x.copy_(total)
 
-    def _before(self, hidden: Hidden, norm: Norm, call: StageCall) -> Tensor:
-        """What a half of a layer gets: all tokens [T, D] in the model's dtype, normed unless norms follow the sums."""
+    def _before(self, hidden: Hidden, norm: Norm, call: StageCall) -> Input:
+        """What a half of a layer gets: all tokens [T, D] in the model's dtype, normed unless norms follow the sums; for
+        FP8 linears already rounded where a GPU can do that on the way.
+        """
         if self.model.norm_placement == "post":
             return self.residual.enter(hidden.x.to(self.dtype), call.tokens)
         if fused.fits(hidden.x):
             more, hidden.more = hidden.more, None
+            if self.rounds:
+                return Rounded(*fused.add_norm_fp8(hidden.x, more, norm, self.model), self.dtype)
             normed = fused.add_norm(hidden.x, more, norm, self.model, self.dtype)
             del more
         else:
@@ -220,9 +214,9 @@ class Stage:
         if self.model.positions == "learned":
             mine = self.residual.own(tokens.numel())
             rows = queries.of(self.weights["positions.weight"]).expand(*tokens.shape, -1)
-            x = _added(x, rows.flatten(0, 1)[mine.start : mine.stop])
+            x = added(x, rows.flatten(0, 1)[mine.start : mine.stop])
         if self.model.token_types:
-            x = _added(x, self.weights["token_types.weight"][0])
+            x = added(x, self.weights["token_types.weight"][0])
         if self.model.embedding_norm:
             x = self._norm(x, (self.weights["embedding.norm.weight"], self.weights.get("embedding.norm.bias")))
         return x
@@ -247,7 +241,7 @@ class Stage:
     def _attended(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor:
         """Attention before W_O, exact by the layout's exchange: [T, H u]."""
         entered = self._before(hidden, layer.attention_norm, call)
-        projections = F.linear(entered, *layer.qkv).view(call.micro_batch.size, call.queries.count, -1)
+        projections = linear(entered, *layer.qkv).view(call.micro_batch.size, call.queries.count, -1)
         del entered
         projections = self._positioned(projections, layer, index, call)
         exchange = EXCHANGES[self.layout.exchange]
@@ -310,13 +304,13 @@ class Stage:
                 rotate(*turn)
         return projections
 
-    def _output(self, out: Tensor, o: tuple[Tensor, Tensor | None], hidden: Hidden) -> Tensor | None:
+    def _output(self, out: Tensor, o: Linear, hidden: Hidden) -> Tensor | None:
         """W_O: out [T, H u] of this rank -> the sum over ranks, of the tokens that this rank holds."""
         weight, bias = o
         if self.layout.output == "reduce":
             return self._row_parallel(out, weight, bias, hidden)
         columns = [len(span) for span in balanced(self.model.hidden_size, self.mesh.tp.size)]
-        mine = F.linear(self._concat(out, self.out_widths), weight, bias)
+        mine = linear(self._concat(out, self.out_widths), weight, bias)
         return self._concat(mine, columns, alike=True)
 
     def _concat(self, x: Tensor, widths: Sequence[int], *, alike: bool = False) -> Tensor:
@@ -325,42 +319,21 @@ class Stage:
         parts = self.mesh.tp.all_gather(x.reshape(-1), sizes, alike=alike).split(sizes)
         return torch.cat([part.view(len(x), -1) for part in parts], dim=-1)
 
-    def _row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Hidden) -> Tensor | None:
+    def _row_parallel(self, x: Input, weight: Weight, bias: Tensor | None, hidden: Hidden) -> Tensor | None:
         """x [T, local] times weight [D, local], summed over the tp axis; the bias is added once. Where nothing is to be
         summed, a GPU adds the product to the hidden states as it rounds it, which saves them a pass through memory.
         """
-        if self._adds_products and bias is None and fused.usable(x):
+        alone = self._sums_alone and bias is None and not torch.is_grad_enabled()
+        if alone and isinstance(x, Tensor) and isinstance(weight, Tensor):
             hidden.x.addmm_(x, weight.t())
             return None
-        y = self.residual.leave(F.linear(x, weight))
+        y = self.residual.leave(linear(x, weight))
         return y if bias is None else y.add_(bias)
 
     def _mlp(self, layer: Layer, hidden: Hidden, call: StageCall) -> Tensor | None:
         """The MLP half of a layer before it is added: [T_r, D]."""
-        units = self._units(self._before(hidden, layer.mlp_norm, call), *layer.up)
+        units = self.activated(self._before(hidden, layer.mlp_norm, call), *layer.up)
         return self._row_parallel(units, *layer.down, hidden)
-
-    def _units(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """activation(x weight^T + bias), times the second half of the rows if the first is a gate: [T, D] -> [T, u]."""
-        if not self.model.gated_mlp:
-            return self._activated_linear(x, weight, bias)
-        both = F.linear(x, weight, bias)
-        if fused.usable(both):
-            return fused.gate(both, self.model.activation)
-        gate, up = both.chunk(2, dim=-1)
-        del both
-        activated = activation(gate, self.model.activation)
-        return activated * up if torch.is_grad_enabled() else activated.mul_(up)
-
-    def _activated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """cuBLASLt computes GELU's tanh form inside the matrix product, before it rounds (8 % faster on an H200 than a
-        kernel of its own, and nearer to the exact value).
-        """
-        if x.is_cuda and self.model.activation == "gelu_tanh" and not torch.is_grad_enabled():
-            if bias is None:
-                bias = self._no_bias = self._no_bias if len(self._no_bias) == len(weight) else x.new_zeros(len(weight))
-            return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        return activation(F.linear(x, weight, bias), self.model.activation)
 
     def final_norm(self, x: Tensor, call: StageCall) -> Tensor:
         """The ending tokens, normed where the model ends with a norm: x [T_r, D] -> [len(ending), D] on every rank."""
@@ -384,23 +357,7 @@ class Stage:
         return self._concat(local, [len(span) for span in self.vocab], alike=True)
 
 
-def activation(x: Tensor, kind: str) -> Tensor:
-    """An activation function of x, in place where no gradient needs it as it was."""
-    kept = torch.is_grad_enabled()
-    if kind == "silu":
-        return F.silu(x, inplace=not kept)
-    if kind == "relu":
-        return F.relu(x, inplace=not kept)
-    approximate = "tanh" if kind == "gelu_tanh" else "none"
-    return F.gelu(x, approximate=approximate) if kept else torch.ops.aten.gelu_(x, approximate=approximate)
-
-
 def _turns(x: Tensor, rotations: Sequence[Rotation], queries: Queries) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The channels of each rotation in x [b, s, heads, w], with their cos and sin."""
     for turn, channels in zip(rotations, x.split([r.width for r in rotations], dim=-1), strict=True):
         yield channels, queries.of(turn.cos), queries.of(turn.sin)
-
-
-def _added(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in x where no gradient needs it as it was."""
-    return x + y if torch.is_grad_enabled() else x.add_(y)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, cast
@@ -189,6 +190,20 @@ class ModelSpec:
     def to_dict(self) -> dict[str, object]:
         """All fields, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+def model_from(fields: Mapping[str, Any]) -> ModelSpec:
+    """The inverse of `ModelSpec.to_dict`, also of older versions: what is gone may be there if it was off, and no
+    biases were `false`. Raises InvalidInput.
+    """
+    names = {field.name for field in dataclasses.fields(ModelSpec)}
+    gone = [name for name, value in fields.items() if name not in names and value]
+    if gone:
+        raise InvalidInput(f"{', '.join(gone)}: no field of a model", legal=tuple(sorted(names)))
+    kept = {name: value for name, value in fields.items() if name in names}
+    if kept.get("linear_bias") is False:
+        kept["linear_bias"] = ()
+    return ModelSpec(**kept)
 
 
 def named_models() -> dict[str, ModelSpec]:

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from headgrid.layout.batching import prefill_calls
 from headgrid.layout.span import balanced
+from headgrid.runtime.hidden import Hidden
 from headgrid.runtime.layer import Weights
 from headgrid.runtime.mesh import StageAxes
-from headgrid.runtime.stage import Hidden, prefill_call
+from headgrid.runtime.stage import prefill_call
 
 EXACT = 1e-11
 HALF = "layers.0.attention."

@@ -24,9 +24,10 @@ from headgrid.reference import Reference
 from headgrid.runtime import stage as stage_module
 from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import carve, new_arena
+from headgrid.runtime.hidden import Hidden
 from headgrid.runtime.layer import Weights, load
 from headgrid.runtime.mesh import StageAxes
-from headgrid.runtime.stage import Hidden, Stage, StageCall, prefill_call
+from headgrid.runtime.stage import Stage, StageCall, prefill_call
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
 
 from headgrid.cli import main
+from headgrid.experiment.telemetry import read
+from headgrid.experiment.telemetry_series import windows
 from headgrid.runtime import launch
 
 SMALL = ("--ranks", "4", "--model", "tiny", "--batch", "4", "--seq", "16", "--decode-steps", "2", "--device", "cpu")
@@ -101,6 +104,24 @@ def test_the_pipeline_really_overlaps_in_both_phases(finished: tuple[dict, Path]
         assert ahead, f"stage 0 never works ahead of stage 1 in {phase}"
     steps = {key[2] for key in spans}  # decode: a step starts on stage 0 before the last one has ended on stage 1
     assert any(spans[0, 0, step + 1][0] < max(spans[1, k, step][1] for k in (0, 1)) for step in steps - {max(steps)})
+
+
+def test_telemetry_runs_beside_and_isolation_is_judged(finished: tuple[dict, Path]) -> None:
+    summary, folder = finished
+    records = [json.loads(line) for line in (folder / summary["run"] / "journal.jsonl").read_text().splitlines()]
+    telemetry = read(folder / summary["run"] / "telemetry.jsonl")
+    assert telemetry is not None and len(telemetry.sessions) == 1
+    assert telemetry.sessions[0].events[-1]["why"] == "the run ended" and summary["telemetry"]["failures"] == []
+    (ranks,) = [record["pids"] for record in records if record["kind"] == "launch"]
+    seen = {pid for sample in telemetry.sessions[0].samples for pid in sample.get("process", {}).get("pids", [])}
+    assert len(set(ranks)) == 4 and set(ranks) <= seen
+    covered = windows(records)
+    assert len(covered) == 2 * 6 * 2  # phases, arms with the A/A twin, blocks
+    assert all(a.end_s <= b.start_s for a, b in pairwise(covered))
+    first, last = telemetry.sessions[0].samples[0], telemetry.sessions[0].samples[-1]
+    started_s = next(record["started_s"] for record in records if record["kind"] == "launch")
+    assert first["time_s"] < started_s < covered[0].start_s and covered[-1].end_s < last["time_s"]
+    assert sum(summary["isolation"]["blocks"].values()) == 12 and "RANK_SKEW" in summary["isolation"]["checked"]
 
 
 def test_report_can_be_made_again_from_the_journal_alone(finished: tuple[dict, Path]) -> None:
@@ -193,6 +214,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
         (("--out", "/proc/nowhere"), 64, ("cannot write the run folder",)),
         (("--resume", "nowhere"), 64, ("is not a run folder",)),
         (("--ranks", "1"), 64, ("--ranks",)),
+        (("--telemetry-hz", "1000"), 64, ("1000 telemetry samples per second", "--telemetry-hz 10")),
         (("--unknown",), 64, ("--unknown",)),
     ],
 )

@@ -56,7 +56,9 @@ def run(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     """Every layout in turn; rank r leaves `<folder>/<k>.<r>.pt` for the k-th."""
     pool = GroupPool(rank)
     for k, text in enumerate(payload["layouts"]):
-        found = _generate(MODEL, text, pool) | _gradients(text, pool)
+        found = _generate(MODEL, text, pool)
+        if parse_layout(text).communication == "exposed":
+            found |= _gradients(text, pool)
         torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
 
 
@@ -70,8 +72,8 @@ def run_direct(rank: int, ranks: int, payload: dict[str, Any]) -> None:
         torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
 
 
-def _other_room(self: Sums, room: int, x: Tensor, weight: Tensor) -> None:
-    torch.mm(x, weight.t(), out=self.rooms[1 - room, : len(x)])
+def _other_room(self: Sums, room: int, x: Tensor, weight: Tensor, tokens: int) -> None:
+    torch.mm(x, weight.t(), out=self.rooms[1 - room, :tokens])
 
 
 def _weights(model: ModelSpec, text: str, rank: int) -> dict[str, Tensor]:

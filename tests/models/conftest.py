@@ -3,12 +3,15 @@
 import multiprocessing
 from collections.abc import Iterator
 from multiprocessing import forkserver
+from typing import Any
 
 import pytest
 import torch
 from greedy_judge import Tally
-from rank_pool import RankPools, Ranks
+from model_work import Ranks
+from standing_ranks import Launches, Outcomes
 
+ALIVE = 24
 _TALLY = pytest.StashKey[Tally]()
 
 
@@ -19,9 +22,14 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     forkserver.ensure_running()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two threads take longer for tensors as small as these
-    pools = RankPools(tmp_path_factory.mktemp("ranks"))
-    yield pools.run
-    pools.close()
+    launches = Launches("model_work:serve", tmp_path_factory.mktemp("ranks"), ALIVE)
+
+    def call(count: int, name: str, **arguments: Any) -> Outcomes:
+        launch = launches.of(count)
+        return launch.result(launch.submit(name, (name, arguments)))
+
+    yield call
+    launches.close()
     torch.set_num_threads(threads)
 
 

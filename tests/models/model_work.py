@@ -3,12 +3,11 @@
 Nothing is judged here; the process of the tests does that.
 """
 
-import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import standing_ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,34 +17,18 @@ from headgrid.models.model import Ids, Model, load
 from headgrid.runtime.engine import Decoded, Engine
 from headgrid.runtime.sampling import Sampling
 
-POLL_SECONDS = 0.002
+Ranks = Callable[..., standing_ranks.Outcomes]
+"""`(count, name, **arguments)`: what the function `name` of this module returns on each of so many ranks."""
 
 
 def serve(rank: int, ranks: int, payload: dict[str, Any]) -> None:
-    """Do `<folder>/<k>.job` for k = 0, 1, ... as they appear, until there are no more wanted.
+    """The job: calls of this module's functions by name, as they come."""
 
-    What rank r returns for job k is `<folder>/<k>.<r>.pt`; a rank that fails leaves `<k>.<r>.error` and ends.
-    """
-    folder, number = Path(payload["folder"]), 0
-    while True:
-        _wait_for(folder / f"{number}.job", rank)
-        name, arguments = torch.load(folder / f"{number}.job", weights_only=False)
-        try:
-            found = globals()[name](**arguments)
-        except Exception as error:
-            (folder / f"{number}.{rank}.error").write_text(f"rank {rank}, {name}:\n{traceback.format_exc()}")
-            raise RuntimeError(f"{name}: {error!r}") from error
-        part = folder / f".{number}.{rank}"
-        torch.save(found, part)
-        part.rename(folder / f"{number}.{rank}.pt")
-        number += 1
+    def do(call: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        name, arguments = call
+        return globals()[name](**arguments)
 
-
-def _wait_for(job: Path, rank: int) -> None:
-    """Rank 0 looks, the others wait for it without using a processor."""
-    while rank == 0 and not job.exists():
-        time.sleep(POLL_SECONDS)
-    dist.barrier()
+    standing_ranks.serve(rank, Path(payload["folder"]), do)
 
 
 def _close(model: Model) -> None:

@@ -11,8 +11,7 @@ import torch
 import transformers
 from greedy_judge import BOUND, Greedy, relative
 from matrix_cases import VOCABULARY, Truth, outputs, truths
-from model_work import generation
-from rank_pool import Ranks
+from model_work import Ranks, generation
 from safetensors.torch import load_file
 
 from headgrid.errors import InvalidInput, InvalidLayout

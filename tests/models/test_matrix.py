@@ -23,7 +23,7 @@ from matrix_cases import (
     outputs,
     truths,
 )
-from rank_pool import Ranks
+from model_work import Ranks
 from torch import Tensor, nn
 
 from headgrid.layout.layout import EXCHANGES, parse_layout

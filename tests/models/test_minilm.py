@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from greedy_judge import Tally, relative
-from rank_pool import Ranks
+from model_work import Ranks
 from torch import Tensor
 
 from headgrid.layout.layout import parse_layout

@@ -181,6 +181,9 @@ CORRUPTED = (
     ("n2m2pp2:batch", 3, 2, 2),
     ("n2m2:batch+gathered", 1, 2, 2),
     ("n2m2:batch+gathered+sharded", 3, 1, 4),
+    ("tp4:overlapped", 2, 1, 2),
+    ("n2m2:sequence+overlapped", 2, 2, 2),
+    ("tp2pp2:drained", 1, 2, 2),
 )
 
 

@@ -7,7 +7,8 @@ from multiprocessing import forkserver
 import pytest
 import torch
 from case import Case
-from pool import Outcomes, Pools
+from pool import Pools
+from standing_ranks import Outcomes
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,15 @@ from typing import Any
 from case import STEPS
 
 from headgrid.errors import InvalidLayout
-from headgrid.layout.layout import EXCHANGES, OUTPUTS, RESIDUAL_DTYPES, RESIDUALS, WEIGHT_MODES, Layout
+from headgrid.layout.layout import (
+    COMMUNICATIONS,
+    EXCHANGES,
+    OUTPUTS,
+    RESIDUAL_DTYPES,
+    RESIDUALS,
+    WEIGHT_MODES,
+    Layout,
+)
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.rope import RopeScaling
 from headgrid.spec.workload import Workload
@@ -56,8 +64,9 @@ def consistent(sizes: dict[str, int]) -> Iterator[Layout]:
     """Every layout of these degrees that does not contradict itself. None is left out but the control `independent`,
     which is wrong on purpose.
     """
-    for choice in itertools.product(("none", *EXCHANGES), OUTPUTS, WEIGHT_MODES, RESIDUALS, RESIDUAL_DTYPES):
-        names = ("exchange", "output", "weights", "residual", "residual_dtype")
+    options = ("none", *EXCHANGES), OUTPUTS, WEIGHT_MODES, RESIDUALS, RESIDUAL_DTYPES, COMMUNICATIONS
+    names = ("exchange", "output", "weights", "residual", "residual_dtype", "communication")
+    for choice in itertools.product(*options):
         try:
             yield Layout(**sizes, **dict(zip(names, choice, strict=True)))  # type: ignore[arg-type]
         except InvalidLayout:
@@ -121,6 +130,8 @@ def draw_workload(pick: Pick, layout: Layout, model: ModelSpec, dtype: str = "fl
     """A few sequences, often fewer than slices or stages; of their own lengths, in several calls, in chunks."""
     gathered_stages = layout.weights == "gathered" and layout.pp > 1
     least = layout.dp * (layout.num_dim_slices if gathered_stages else 1)
+    if layout.communication == "overlapped":  # somewhere two calls of different sequences
+        least = max(least, layout.dp * (layout.num_dim_slices if layout.exchange == "batch" else 1) + 1)
     batch = max(least, pick((1, 2, 3, 5, 7) if layout.ranks < 16 and layout.pp == 1 else (1, 2, 3, 5)))
     if dtype != "float64":  # an error is compared with another one, so it takes many tokens to tell a bug from chance
         batch += 8

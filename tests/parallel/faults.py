@@ -1,5 +1,6 @@
 """Things done wrong on purpose, each on real ranks. A comparison that accepts one of them proves nothing."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from headgrid.runtime.engine import Engine
 from headgrid.runtime.exchange import Core, Slices
 from headgrid.runtime.rotary import Rotation
 from headgrid.runtime.stage import Stage
+from headgrid.runtime.turns import Job, Turns
 from headgrid.spec.rope import Rope
 
 Alter = Callable[[Engine], None]
@@ -54,7 +56,7 @@ def inject(case: Case, rank: int) -> Iterator[Alter]:
     if not case.fault or case.watched:
         yield _nothing
         return
-    wrong = _everything_gathered if case.fault == WASTEFUL else FAULTS[case.fault].inject
+    wrong = BESIDE[case.fault] if case.fault in BESIDE else FAULTS[case.fault].inject
     with wrong(case, rank) as alter:
         yield alter or _nothing
 
@@ -319,7 +321,34 @@ def _everything_gathered(case: Case, rank: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _chunks_together(case: Case, rank: int) -> Iterator[None]:
+    """A chunk of a prompt does not wait for the end of the one before it, whose keys it needs in every layer."""
+    begun = Turns._begun
+
+    def hasty(self: Turns, waiting: deque[Job], under_way: deque) -> object:
+        if waiting:
+            waiting[0] = replace(waiting[0], sequences=object())
+        return begun(self, waiting, under_way)
+
+    with patch.object(Turns, "_begun", hasty):
+        yield
+
+
+@contextmanager
+def _crowded(case: Case, rank: int) -> Iterator[Alter]:
+    """Right, but one more call is under way than the layout says."""
+
+    def alter(engine: Engine) -> None:
+        engine.path.turns.at_once += 1
+
+    yield alter
+
+
 WASTEFUL = "everything gathered"
+HASTY = "chunks of a prompt together"
+CROWDED = "one call more at once"
+BESIDE: dict[str, Inject] = {WASTEFUL: _everything_gathered, HASTY: _chunks_together, CROWDED: _crowded}
 CHUNKS = {"chunk_positions": 3}
 RAGGED = {"prompt_lengths": (8, 5, 3)}
 FAULTS: dict[str, Fault] = {

@@ -15,8 +15,9 @@ import pytest
 import torch
 from case import Case
 from cases import TINY
-from pool import Launch as RankLaunch
-from pool import Pools, RankFailed
+from pool import Pools
+from standing_ranks import Launch as RankLaunch
+from standing_ranks import RankFailed
 
 from headgrid.errors import HeadgridError, InvalidInput, RankDied
 from headgrid.layout.layout import Layout
@@ -180,13 +181,13 @@ def test_a_case_that_a_rank_cannot_run_fails_with_its_traceback_and_the_next_one
         after = pools.run(sound)
     finally:
         pools.close()
-    assert pools.started == 2, "a failure ends the ranks of its world size, and others are started"
+    assert pools.launches.started == 2, "a failure ends the ranks of its world size, and others are started"
     assert torch.equal(after[0]["prefill"], before[0]["prefill"])
     assert list(own_temporary_folder.iterdir()) == [], "no rank is left"
 
 
 def test_ranks_that_are_no_longer_needed_end(prepared: None, tmp_path: Path, own_temporary_folder: Path) -> None:
-    launch = RankLaunch(3, tmp_path / "ranks")
+    launch = RankLaunch("worker:serve", 3, tmp_path / "ranks")
     launch.close()
     assert not launch.thread.is_alive()
     assert launch.error is None

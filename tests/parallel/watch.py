@@ -1,11 +1,13 @@
-"""Watches every operation of a rank: the tensors that come to be, and floating-point operations."""
+"""Watches every operation of a rank: the tensors that come to be, floating-point operations, what is under way."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from headgrid.runtime.collectives import Issued
 from headgrid.runtime.meter import flop_counter
 
 
@@ -62,3 +64,17 @@ class Flops(TorchDispatchMode):
         if kind == "counted":
             self.total += self._formulas[func._overloadpacket](*args, **kwargs, out_val=result)
         return result
+
+
+class UnderWay:
+    """An observer of how many collectives of some axes were at most under way: started, and not waited for."""
+
+    def __init__(self, axes: Collection[str]) -> None:
+        self.axes, self.now, self.most = axes, 0, 0
+
+    def before(self, issued: Issued) -> None:
+        self.now += issued.axis in self.axes
+        self.most = max(self.most, self.now)
+
+    def after(self, issued: Issued, result: torch.Tensor) -> None:
+        self.now -= issued.axis in self.axes

@@ -3,18 +3,17 @@
 Nothing is judged here; `oracle.py` does that, in the process of the tests.
 """
 
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import standing_ranks
 import torch
 from case import Case, prompts, upstream
 from corruption import run_corruptions
 from faults import inject
 from torch import Tensor
-from watch import Allocations, Flops
+from watch import Allocations, Flops, UnderWay
 
 from headgrid.experiment.observe import Settle
 from headgrid.layout.batching import Call, MicroBatch
@@ -25,46 +24,23 @@ from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.hidden import Hidden
 from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.runtime.meter import LiveBytes
-from headgrid.runtime.stage import Hidden, StageCall, prefill_call
+from headgrid.runtime.stage import StageCall, prefill_call
 from headgrid.runtime.weights import draw, whole
-
-POLL_SECONDS = 0.001
 
 
 def serve(rank: int, ranks: int, payload: dict[str, Any]) -> None:
-    """The job: `<folder>/<k>.case` for k = 0, 1, ... as they appear, until there is a file `stop`.
+    """The job: cases, as they come."""
+    pool = GroupPool(rank)
 
-    What rank r finds for case k is `<folder>/<k>.<r>.pt`; a rank that fails leaves `<k>.<r>.error` and ends.
-    """
-    pool, folder, number = GroupPool(rank), Path(payload["folder"]), 0
-    while _comes(folder, number, rank):
-        case = torch.load(folder / f"{number}.case", weights_only=False)
-        try:
-            with inject(case, rank) as alter:
-                outcome = _run_case(case, pool, alter)
-        except Exception as error:
-            traceback.print_exc()
-            (folder / f"{number}.{rank}.error").write_text(f"rank {rank} in case {case.id}:\n{traceback.format_exc()}")
-            raise RuntimeError(f"in case {case.id}: {error!r}") from error
-        part = folder / f".{number}.{rank}"
-        torch.save(outcome, part)
-        part.rename(folder / f"{number}.{rank}.pt")
-        number += 1
+    def do(case: Case) -> dict[str, Any]:
+        with inject(case, rank) as alter:
+            return _run_case(case, pool, alter)
 
-
-def _comes(folder: Path, number: int, rank: int) -> bool:
-    """Whether there is one more case. Rank 0 looks, the others wait for it without using a processor."""
-    found = torch.zeros(1, dtype=torch.int64)
-    if rank == 0:
-        case, stop = folder / f"{number}.case", folder / "stop"
-        while not (case.exists() or stop.exists()):
-            time.sleep(POLL_SECONDS)
-        found += case.exists()
-    torch.distributed.broadcast(found, 0)
-    return bool(found)
+    standing_ranks.serve(rank, Path(payload["folder"]), do)
 
 
 def _run_case(case: Case, pool: GroupPool, alter: Callable[[Engine], None]) -> dict[str, Any]:
@@ -188,7 +164,9 @@ def _written(part: Tensor) -> Tensor:
 def _generate(case: Case, engine: Engine, tokens: Tensor) -> dict[str, Any]:
     """Prefill, then greedy decode: steps that stay in flight across tokens, then one that goes on from there."""
     recorders, counters = (Recorder(), Recorder()), (Flops(), Flops())
-    with engine.mesh.observed(recorders[0]), counters[0]:
+    # gathered weights are always under way beside what the head groups reduce
+    under_way = UnderWay(("tp_head",) if case.layout.weights == "gathered" else ("tp", "tp_slice"))
+    with engine.mesh.observed(recorders[0]), engine.mesh.observed(under_way), counters[0]:
         engine.prefill(tokens)
     first, logits = engine.tokens.clone(), engine.logits.clone()
     _forget_padding(case, engine)
@@ -207,6 +185,7 @@ def _generate(case: Case, engine: Engine, tokens: Tensor) -> dict[str, Any]:
         "prefill_flops": counters[0].total,
         "decode_flops": counters[1].total,
         "buffer_bytes": recorders[0].largest_buffer_bytes,
+        "under_way": under_way.most,
         "weight_elements": sum(x.numel() for x in engine.stage.weights.values()),
         "cache_bytes": cache.size_bytes,
         "written": [_written(part) for part in (cache.keys, cache.values)],

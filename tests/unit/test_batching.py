@@ -185,13 +185,13 @@ def test_gathered_weights_pass_whole_prompts_whose_pieces_keep_to_the_call() -> 
             for call in prefill_calls(layout, work, replica):
                 assert call.positions == Span(0, 10)
                 for part in call.micro_batch.parts:
-                    assert_pieces(len(part), work)
+                    assert_pieces(layout, len(part), work)
 
 
-def assert_pieces(rows: int, work: Workload) -> None:
+def assert_pieces(layout: Layout, rows: int, work: Workload) -> None:
     """Each position of each sequence once, those of a sequence in order, few enough at a time."""
     computed = [[] for _ in range(rows)]
-    for some, span in pieces(rows, work):
+    for some, span in pieces(layout, rows, work):
         assert len(some) * len(span) <= max(work.chunk_tokens, len(span))
         for row in indices((some,)):
             computed[row] += indices((span,))

@@ -11,7 +11,16 @@ import pytest
 import headgrid
 
 ROOT = Path(headgrid.__file__).parent
-WITHOUT_TORCH = ("spec", "layout", "planner", "report", "experiment/stats.py", "experiment/journal.py", "errors.py")
+WITHOUT_TORCH = (
+    "spec",
+    "layout",
+    "planner",
+    "report",
+    "experiment/stats.py",
+    "experiment/journal.py",
+    "experiment/check",
+    "errors.py",
+)
 SCRIPT = """
 import importlib, json, sys
 for name in sys.argv[1:]:

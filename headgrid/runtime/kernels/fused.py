@@ -12,6 +12,8 @@ from torch import Tensor
 from headgrid.spec.model import ModelSpec
 
 _WIDEST = 1 << 15
+TINY = torch.finfo(torch.float32).tiny
+"""The scale of a row of zeros: one can divide by it."""
 
 
 def _kernels() -> Any:
@@ -38,16 +40,50 @@ def add_norm(
     `norm` is weight [D] and shift [D] or None, of a layer norm (Ba et al. 2016) or one by the root mean square (Zhang,
     Sennrich 2019), with the model's eps, and its offset of 1 if it has that.
     """
+    return _normed(x, y, norm, model, torch.empty_like(x, dtype=dtype), None)
+
+
+def add_norm_fp8(
+    x: Tensor, y: Tensor | None, norm: tuple[Tensor, Tensor | None], model: ModelSpec
+) -> tuple[Tensor, Tensor]:
+    """`add_norm` in the dtype of the norm's weight, then in e4m3 [T, D] with fp32 scales [T] of the rows."""
+    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    return _normed(x, y, norm, model, torch.empty_like(x, dtype=torch.float8_e4m3fn), scales), scales
+
+
+def _normed(
+    x: Tensor,
+    y: Tensor | None,
+    norm: tuple[Tensor, Tensor | None],
+    model: ModelSpec,
+    out: Tensor,
+    scales: Tensor | None,
+) -> Tensor:
     (count, width), (weight, shift) = x.shape, norm
-    out = torch.empty_like(x, dtype=dtype)
     if count:
         block = _power(width)
         _kernels().add_norm[(count,)](
-            x, x if y is None else y, weight, weight if shift is None else shift, out, width, model.norm_eps,
-            ADD=y is not None, RMS=model.norm == "rms", SHIFT=shift is not None, UNIT=model.norm_unit_offset,
-            BLOCK=block, num_warps=_warps(block),
+            x, x if y is None else y, weight, weight if shift is None else shift, out, x if scales is None else scales,
+            width, model.norm_eps, TINY, ADD=y is not None, RMS=model.norm == "rms", SHIFT=shift is not None,
+            UNIT=model.norm_unit_offset, FP8=scales is not None, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
     return out
+
+
+def quantise(x: Tensor, kind: str = "none", *, gated: bool = False) -> tuple[Tensor, Tensor]:
+    """activation(x) of x [T, K], rounded to x's dtype, in e4m3 [T, K] with fp32 scales [T]: max|row| / 448.
+
+    `gated`: x is [T, 2 K], and the result activation(first half) x second half. `kind` may be none.
+    """
+    rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
+    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        block = _power(width)
+        _kernels().quantise[(rows,)](
+            x, values, scales, width, x.stride(0), TINY, KIND=kind, GATED=gated, BLOCK=block, num_warps=_warps(block)
+        )
+    return values, scales
 
 
 def store(

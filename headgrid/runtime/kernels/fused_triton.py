@@ -5,11 +5,34 @@ import triton.language as tl
 
 
 @triton.jit
+def in_fp8(x, tiny):
+    """A row x in fp32 as e4m3, in fp32 still, and its scale: max|x| / 448, or `tiny` for a row of nearly zeros."""
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x)), 448.0), tiny)
+    x = tl.minimum(tl.div_rn(x, tl.full(x.shape, 1.0, tl.float32) * scale), 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, -448.0, propagate_nan=tl.PropagateNan.ALL), scale
+
+
+@triton.jit
+def activated(x, KIND: tl.constexpr):
+    """An activation function of x in fp32."""
+    if KIND == "silu":
+        x = x * tl.sigmoid(x)
+    elif KIND == "relu":
+        x = tl.maximum(x, 0.0)
+    elif KIND == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":  # 1 + tanh(z) = 2 sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return x
+
+
+@triton.jit
 def add_norm(
-    x_ptr, y_ptr, weight_ptr, shift_ptr, out_ptr, width, eps,
-    ADD: tl.constexpr, RMS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, weight_ptr, shift_ptr, out_ptr, scale_ptr, width, eps, tiny,
+    ADD: tl.constexpr, RMS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, FP8: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row): x += y, rounded as x is kept; then the norm of that."""
+    """Program (row): x += y, rounded as x is kept; then the norm of that, in FP8 with a scale if wanted."""
     at = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -26,7 +49,29 @@ def add_norm(
     x = x * (1.0 + weight if UNIT else weight)
     if SHIFT:
         x += tl.load(shift_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if FP8:
+        x = tl.where(inside, x.to(weight_ptr.dtype.element_ty).to(tl.float32), 0.0)  # as a norm of its own rounds
+        x, scale = in_fp8(x, tiny)
+        tl.store(scale_ptr + tl.program_id(0), scale)
     tl.store(out_ptr + at + cols, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantise(
+    x_ptr, out_ptr, scale_ptr, width, x_row, tiny,
+    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (row): activation(x), or activation(gate) x up where a row is both, in FP8 with a scale."""
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = cols < width
+    x = tl.load(x_ptr + row * x_row + cols, mask=inside, other=0.0)
+    dtype = x.dtype
+    x = activated(x.to(tl.float32), KIND)
+    if GATED:
+        x *= tl.load(x_ptr + row * x_row + width + cols, mask=inside, other=0.0).to(tl.float32)
+    x, scale = in_fp8(x.to(dtype).to(tl.float32), tiny)
+    tl.store(scale_ptr + row, scale)
+    tl.store(out_ptr + row * width + cols, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -80,12 +125,5 @@ def gate(x_ptr, units, KIND: tl.constexpr, BLOCK: tl.constexpr):
     at = x_ptr + tl.program_id(0).to(tl.int64) * 2 * units + cols
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + units, mask=inside, other=0.0).to(tl.float32)
-    if KIND == "silu":
-        x = x * tl.sigmoid(x)
-    elif KIND == "relu":
-        x = tl.maximum(x, 0.0)
-    elif KIND == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:  # gelu_tanh; 1 + tanh(z) = 2 sigmoid(2 z)
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    x = activated(x, KIND)
     tl.store(at, (x * up).to(x_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,20 @@
+"""summary.json: what the journal supports, what was sampled beside it, and whether the machine was left to the run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headgrid.experiment.isolation import judge, sentences
+from headgrid.experiment.records import Record
+from headgrid.experiment.stats import summarise
+from headgrid.experiment.telemetry import Telemetry
+from headgrid.experiment.telemetry_summary import summarise_telemetry
+
+
+def summary_of(design: Mapping[str, Any], records: Sequence[Record], telemetry: Telemetry | None) -> dict[str, Any]:
+    """All of summary.json but `run`. Pure: the same documents make the same summary, so it can always be made again.
+
+    `telemetry` is what `headgrid.experiment.telemetry.read` found in the run folder; None without any.
+    """
+    summary, isolation = summarise(design, records), judge(design, records, telemetry)
+    summary["warnings"] += sentences(isolation)
+    return summary | {"isolation": isolation, "telemetry": summarise_telemetry(design, records, telemetry)}

@@ -221,8 +221,11 @@ def test_a_result_of_another_shape_or_dtype_is_refused(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 @pytest.mark.parametrize("chained", [False, True])
-def test_one_graph_serves_every_length_with_calls_on_two_streams(chained: bool) -> None:
+def test_one_graph_serves_every_length_with_calls_on_two_streams(
+    chained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each call's result is the next one's query: what starts too early reads what is not written yet."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # no kernels between the calls
     case = Case((0, 0), 2, 4, 64, 64, torch.float16, launch=Plan(30, 32, 2, 3, 32, chained))
     lengths = [(4999, 30), (0, 1), (63, 4000)]
     torch.manual_seed(0)
@@ -235,7 +238,7 @@ def test_one_graph_serves_every_length_with_calls_on_two_streams(chained: bool) 
         x = q
         for _ in range(6):
             for k, v in own:
-                x = split_kv.decode(x, k, v, positions, 0.5, launch=case.launch)[0] * 4
+                x = split_kv.decode(x, k, v, positions, 4.0, launch=case.launch)[0]
         return x
 
     def both() -> tuple[Tensor, Tensor]:

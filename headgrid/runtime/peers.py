@@ -39,6 +39,7 @@ class Window:
 
         assert axis.group is not None
         self.axis, self.local = axis, symmetric.empty(elements, dtype=dtype, device=device)
+        torch.cuda.synchronize(device)  # the pad is zeroed behind what is queued: not after a peer's first signal
         self._handle = symmetric.rendezvous(self.local, axis.group)
         assert self._handle.rank == axis.index
         self.pointers: tuple[Any, Any] = self._handle.buffer_ptrs_dev, self._handle.signal_pad_ptrs_dev

@@ -87,7 +87,7 @@ def store(
     slot = position // stride
     mine = (position >= 0) & (position % stride == 0) & (slot < capacity)
     k_cols, v_cols = tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
-    k_in, v_in = mine & (k_cols < K_WIDTH), mine & (v_cols < V_WIDTH)
+    k_in, v_in = k_cols < tl.where(mine, K_WIDTH, 0), v_cols < tl.where(mine, V_WIDTH, 0)
     k = tl.load(k_ptr + sequence * k_b + query * k_s + k_cols, mask=k_in)
     v = tl.load(v_ptr + sequence * v_b + query * v_s + v_cols, mask=v_in)
     tl.store(k_cache_ptr + sequence * to_k_b + slot * to_k_s + k_cols, k, mask=k_in)

@@ -2,8 +2,8 @@
 
     python benchmarks/decode_step.py OUT --ranks 2 --model seed-kv1 --batch 128 --context 10000 --layouts tp2 n1m2:batch
 
-The cache is random: nothing is prefilled or verified (tests/gpu does that), only timed, after warm-up, from CUDA graphs:
-the median of five runs of 16 steps. One JSON object a line goes to OUT/decode_step.jsonl.
+The cache is random: nothing is prefilled or verified (tests/gpu does that), only timed, after warm-up, from CUDA
+graphs: the median of five runs of 16 steps. One JSON object a line goes to OUT/decode_step.jsonl.
 """
 
 import argparse

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from headgrid.experiment.check.finding import Finding, Note
 from headgrid.experiment.folder import open_run
-from headgrid.experiment.stats import summarise
+from headgrid.experiment.summary import summary_of
+from headgrid.experiment.telemetry import FILE, read
 from headgrid.report.html import render
 
 _WORD = re.compile(r"\S+")
@@ -55,10 +56,12 @@ def page_figures(folder: Path, source_sha256: str) -> Iterator[Finding | Note]:
         yield Note("report.html is of another version and was not compared; `headgrid report` makes it again")
         return
     try:
-        design, records = open_run(folder)
+        _, records = open_run(folder)
+        design = json.loads((folder / "design.json").read_text(encoding="utf-8"))
         stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        summary = summarise(design.to_dict(), records) | {key: stored.get(key) for key in ("run", "journal")}
-        made = words(render(design.to_dict(), env, records, summary))
+        kept = {key: stored.get(key) for key in ("run", "journal")}
+        summary = summary_of(design, records, read(folder / FILE)) | kept
+        made = words(render(design, env, records, summary))
     except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         yield Finding("report.figures", "report.html", f"it cannot be made again: {error!r:.200}")
         return

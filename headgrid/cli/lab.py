@@ -17,6 +17,9 @@ from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 if TYPE_CHECKING:
     from headgrid.experiment.plan import Wishes
 
+TelemetryHz = Annotated[
+    float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
+]
 LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 
 
@@ -41,9 +44,7 @@ def compare(
     text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
-    telemetry_hz: Annotated[
-        float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
-    ] = DEFAULT_HZ,
+    telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),
     resume: Annotated[
         Path | None, typer.Option(help="Go on with a run folder; options but --telemetry-hz are ignored.")

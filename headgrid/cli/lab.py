@@ -17,6 +17,9 @@ from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 if TYPE_CHECKING:
     from headgrid.experiment.plan import Wishes
 
+TelemetryHz = Annotated[
+    float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
+]
 LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 
 
@@ -41,11 +44,11 @@ def compare(
     text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
-    telemetry_hz: Annotated[
-        float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
-    ] = DEFAULT_HZ,
+    telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),
-    resume: Annotated[Path | None, typer.Option(help="Go on with a run folder; other options are ignored.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a run folder; options but --telemetry-hz are ignored.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare layouts of a transformer: verify each, then time them in interleaved random blocks, and report.
@@ -177,7 +180,7 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def layouts(
     model: Annotated[str, typer.Option(help="A named model, or a folder in Hugging Face format.")] = "seed",
-    ranks: Annotated[int, typer.Option(min=1, help="Devices.")] = 16,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Devices: those of --layout, or 16.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=LARGEST_BATCH, help="Sequences.")] = 128,
     seq: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 10_000,
     decode_steps: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
@@ -207,16 +210,14 @@ def layouts(
         raise InvalidInput(f"{decode_steps} decode steps, but {model} has {spec.max_positions} positions")
     sizes: dict[str, Any] = {"batch": batch, "seq": min(seq, spec.max_positions - decode_steps)}
     workload = Workload(**sizes, decode_steps=decode_steps, dtype=dtype)  # pyright: ignore[reportArgumentType]
-    if layout is not None:
-        check(spec, parse_layout(layout), workload, ranks)
+    only = parse_layout(layout) if layout is not None else None
+    ranks = ranks or (only.ranks if only else 16)
+    if only is not None:
+        check(spec, only, workload, ranks)
     if draw is not None:
         _draw(spec, layout, draw)
-    chosen = [parse_layout(layout)] if layout else [x for x in legal_layouts(spec, ranks) if x.dp <= batch]
-    if (
-        layout is None
-        and not any(str(x) == f"tp{ranks}" for x in chosen)
-        and is_legal(spec, parse_layout(f"tp{ranks}"))
-    ):
+    chosen = [only] if only else [x for x in legal_layouts(spec, ranks) if x.dp <= batch]
+    if only is None and not any(str(x) == f"tp{ranks}" for x in chosen) and is_legal(spec, parse_layout(f"tp{ranks}")):
         chosen.append(parse_layout(f"tp{ranks}"))
     rows = [(str(x), worst(spec, x, workload)) for x in chosen]
     console = console_for(as_json)

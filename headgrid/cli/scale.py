@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from headgrid.cli.lab import LARGEST_BATCH
+from headgrid.cli.lab import LARGEST_BATCH, TelemetryHz
 from headgrid.cli.show import Json, Out, console_for, print_table, progress_bar
 from headgrid.errors import InvalidInput, VerificationFailed
+from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 
 if TYPE_CHECKING:
     from headgrid.experiment.plan import Wishes
@@ -38,8 +39,11 @@ def scale(
     text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, orders and which sequences are verified.")] = 0,
+    telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),
-    resume: Annotated[Path | None, typer.Option(help="Go on with a study; other options are ignored.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a study; options but --telemetry-hz are ignored.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Strong and weak scaling of layouts over the ranks that there are, in prefill and decode, with intervals.
@@ -78,9 +82,10 @@ def scale(
         device=device,
         seed=seed,
     )
+    check_hz(telemetry_hz)
     console = console_for(as_json)
     path = resume or _new(console, wishes, layouts, ranks, mode, out)
-    summary = _carry_out(console, path, is_new=resume is None)
+    summary = _carry_out(console, path, telemetry_hz, is_new=resume is None)
     if as_json:
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     failed = sorted({row["layout"] for row in summary["rows"] if not row["verified"]})
@@ -114,7 +119,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, _split(text)))
 
 
-def _carry_out(console: Console, path: Path, *, is_new: bool) -> dict[str, Any]:
+def _carry_out(console: Console, path: Path, telemetry_hz: float, *, is_new: bool) -> dict[str, Any]:
     """Run what is not there yet, and tell what came out; after Ctrl-C, what there is."""
     from headgrid.experiment import scale
 
@@ -122,7 +127,7 @@ def _carry_out(console: Console, path: Path, *, is_new: bool) -> dict[str, Any]:
         scale.recheck(path)
     try:
         with progress_bar(console) as show:
-            scale.carry_out(path, show)
+            scale.carry_out(path, show, telemetry_hz)
     finally:
         summary = _conclude(path)
         _print(console, summary)

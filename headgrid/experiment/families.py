@@ -24,9 +24,10 @@ class Family:
     def at(self, ranks: int) -> Layout | None:
         """The member on so many ranks; None where the sizes that are written do not divide them.
 
-        An option without a meaning at that size is left out: one slice needs no exchange and gathers no weights, and
-        one rank has nobody to share a residual or an output with. So `n1m:batch` on one rank is the plain model, as
-        `tp` is. Raises InvalidLayout for options that do not go together.
+        An option without a meaning at that size is left out: one slice needs no exchange and gathers no weights, one
+        rank has nobody to share a residual or an output with and nothing to overlap, and one stage is no pipeline to be
+        drained. So `n1m:batch` on one rank is the plain model, as `tp` is. Raises InvalidLayout for options that do not
+        go together.
         """
         fixed = 1
         for _, size in self.degrees:
@@ -37,6 +38,11 @@ class Family:
         shared = [size for axis, size in sizes.items() if axis in ("tp", "n", "m")]
         dropped = {*EXCHANGES, "gathered"} if sizes.get("m") == 1 else set()
         dropped |= {"sharded", "concat"} if shared and max(shared) == 1 else set()
+        if ranks == fixed:
+            gathers = "gathered" in self.options and "gathered" not in dropped
+            sharing = sizes.get("n", 1) if gathers else max(shared, default=1)
+            dropped |= {"overlapped"} if sharing == 1 else set()
+            dropped |= {"drained"} if sizes.get("pp", 1) == 1 else set()
         degrees = "".join(f"{axis}{size}" for axis, size in sizes.items())
         return parse_layout(degrees + ":" + "+".join(option for option in self.options if option not in dropped))
 

@@ -37,9 +37,12 @@ def carry_out(folder: Path, on_progress: Callable[[Progress], None], telemetry_h
 
     Beside them a process samples telemetry `telemetry_hz` times a second (0: none).
     """
-    design, _ = open_run(folder)
+    design, records = open_run(folder)
+    left = sorted({*range(design.protocol.launches)} - {*finished_launches(records)})
+    if not left:
+        return  # samples of a time after the run would tell of none of its blocks
     with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
-        for index in range(design.protocol.launches):
+        for index in left:
             _carry_out_launch(folder, index, on_progress, sampler)
 
 
@@ -47,20 +50,20 @@ def carry_out_launch(
     folder: Path, index: int, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ
 ) -> None:
     """Run launch `index`, or what the journal lacks of it, as `carry_out` does."""
-    design, _ = open_run(folder)
-    with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
-        _carry_out_launch(folder, index, on_progress, sampler)
+    design, records = open_run(folder)
+    if index not in finished_launches(records):
+        with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
+            _carry_out_launch(folder, index, on_progress, sampler)
 
 
 def _carry_out_launch(
     folder: Path, index: int, on_progress: Callable[[Progress], None], sampler: Sampler | None
 ) -> None:
     design, records = open_run(folder)
-    if index not in finished_launches(records):
-        watch = _Watch(folder, design, on_progress, sampler)
-        job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
-        launch.run(job, on_poll=watch, log_to=folder / "logs")
-        watch()
+    watch = _Watch(folder, design, on_progress, sampler)
+    job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
+    launch.run(job, on_poll=watch, log_to=folder / "logs")
+    watch()
 
 
 def carry_out_joined(backend: str, open_folder: Callable[[], Path], telemetry_hz: float = DEFAULT_HZ) -> Path | None:

@@ -22,6 +22,7 @@ from headgrid.experiment.design import Design
 from headgrid.experiment.families import Family, parse_family
 from headgrid.experiment.machine import Machine, ensure_devices, look
 from headgrid.experiment.runner import Progress, carry_out_launch, expected_records
+from headgrid.experiment.telemetry import DEFAULT_HZ
 from headgrid.layout.layout import Layout
 from headgrid.layout.legal import is_legal
 from headgrid.models.pretrained import find_spec
@@ -268,8 +269,11 @@ def recheck(path: Path) -> None:
         plan.recheck(design)
 
 
-def carry_out(path: Path, on_progress: Callable[[Progress], None]) -> None:
-    """Launch every point once in each round, in the declared order; what the journals already have is not repeated."""
+def carry_out(path: Path, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ) -> None:
+    """Launch every point once in each round, in the declared order; what the journals already have is not repeated.
+
+    Each point's folder gets its telemetry, `telemetry_hz` samples a second (0: none).
+    """
     study, runs = open_study(path)
     totals = [expected_records(design) for design, _ in runs]
     done = [min(len(records), total) for (_, records), total in zip(runs, totals, strict=True)]
@@ -281,4 +285,4 @@ def carry_out(path: Path, on_progress: Callable[[Progress], None]) -> None:
                 latest = f"{study.points[index].run}: {progress.latest}"
                 on_progress(Progress(sum(done), sum(totals), latest))
 
-            carry_out_launch(path / study.points[index].run, round_number, show)
+            carry_out_launch(path / study.points[index].run, round_number, show, telemetry_hz)

@@ -60,6 +60,19 @@ def test_judges_a_file_and_says_why(tmp_path: Path) -> None:
     assert "rejected for 13 reasons" in done.stderr
 
 
+def test_a_resume_with_nothing_left_changes_nothing(real: Path) -> None:
+    before = {path.name: path.read_bytes() for path in real.iterdir() if path.is_file()}
+    done = headgrid("compare", "--resume", f"runs/{real.name}", cwd=real.parent.parent)  # as the run names itself
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in real.iterdir() if path.is_file()} == before
+    assert headgrid("check", real.name, cwd=real.parent).returncode == 0
+
+
+def test_a_folder_of_runs_is_refused_with_their_names(real: Path) -> None:
+    done = headgrid("check", str(real.parent), cwd=real.parent)
+    assert done.returncode == 64 and f"headgrid check {real}" in done.stderr
+
+
 @pytest.mark.parametrize("subject", ["nothing.json", "."])
 def test_bad_input_is_refused_in_one_block(tmp_path: Path, subject: str) -> None:
     done = headgrid("check", subject, "--json", cwd=tmp_path)

@@ -32,6 +32,15 @@ TINY: dict[str, Any] = {"model": "tiny", "device": "cpu", "batch": 4, "seq": 16,
         ("n2m:batch+gathered", [None, "tp2", None, "n2m2:batch+gathered", "n2m4:batch+gathered"]),
         ("nm2:gather+concat", [None, "n1m2:gather+concat", None, "n2m2:gather+concat", "n4m2:gather+concat"]),
         ("tp:sharded", ["tp1", "tp2:sharded", "tp3:sharded", "tp4:sharded", "tp8:sharded"]),
+        ("tp:overlapped", ["tp1", "tp2:overlapped", "tp3:overlapped", "tp4:overlapped", "tp8:overlapped"]),
+        ("n1m:batch+overlapped", ["tp1", *(f"n1m{m}:batch+overlapped" for m in (2, 3, 4, 8))]),
+        ("tp2pp:overlapped", [None, "tp2:overlapped", None, "tp2pp2:overlapped", "tp2pp4:overlapped"]),
+        (
+            "nm2:batch+gathered+overlapped",
+            [None, "n1m2:batch+gathered", None, *(f"n{n}m2:batch+gathered+overlapped" for n in (2, 4))],
+        ),
+        ("pp:drained", ["tp1", "pp2:drained", "pp3:drained", "pp4:drained", "pp8:drained"]),
+        ("tp2pp:fp8+drained", [None, "tp2:fp8", None, "tp2pp2:fp8+drained", "tp2pp4:fp8+drained"]),
     ],
 )
 def test_a_family_has_the_member_that_its_notation_says(family: str, members: list[str | None]) -> None:
@@ -40,7 +49,13 @@ def test_a_family_has_the_member_that_its_notation_says(family: str, members: li
     assert all(layout is None or layout.ranks == n for layout, n in zip(found, (1, 2, 3, 4, 8), strict=True))
 
 
-@pytest.mark.parametrize("text", ["", "tp4", "nm:batch", "n1m", "fast", "dp:batch", "n1m:batch+scores", "tpn2:batch"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "tp4", "nm:batch", "n1m", "fast", "dp:batch", "n1m:batch+scores", "tpn2:batch"),
+        *("dp:overlapped", "pp:overlapped", "tp:drained", "n1m:batch+gathered+overlapped"),
+    ],
+)
 def test_what_is_no_family_is_refused_with_examples(text: str) -> None:
     with pytest.raises(InvalidLayout) as caught:
         parse_family(text)

@@ -155,7 +155,17 @@ def _unknown(result: Result) -> Iterator[Note]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is to be checked as a run folder. Raises InvalidInput if there is nothing."""
+    """Whether a path is to be checked as a run folder. Raises InvalidInput if there is nothing, or a folder of runs (a
+    study of `headgrid scale`, say), which it lists.
+    """
     if not path.exists():
         raise InvalidInput(f"{path} does not exist", legal=("a run folder", "FILE.json", "FILE.csv"))
+    runs = sorted(each.parent for each in path.glob("*/design.json"))
+    if runs and not (path / "design.json").exists():
+        raise InvalidInput(
+            f"{path} holds {len(runs)} run folders and is none itself",
+            why="each run is checked against its own design and journal",
+            legal=tuple(map(str, runs)),
+            command=f"headgrid check {runs[0]}",
+        )
     return path.is_dir()

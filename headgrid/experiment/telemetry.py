@@ -129,7 +129,7 @@ def check_hz(hz: float) -> None:
     if not 0 <= hz <= MAX_HZ:  # also refuses NaN
         raise InvalidInput(
             f"{hz:g} telemetry samples per second",
-            why=f"above {MAX_HZ:g} the sampler is itself a load; 0 turns it off",
+            why=f"it takes a rate from 0 (off) to {MAX_HZ:g}, above which the sampler is itself a load",
             legal=("--telemetry-hz 0", f"--telemetry-hz {DEFAULT_HZ:g}"),
         )
 

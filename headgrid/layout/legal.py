@@ -71,7 +71,7 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
     shares = layout.dp * (layout.num_dim_slices if layout.exchange == "batch" else 1)
     if layout.communication == "overlapped" and workload.batch <= shares:
         raise InvalidLayout(
-            f"{layout}: nothing overlaps with {workload.batch} sequences",
+            f"{layout}: nothing overlaps in a batch of {workload.batch}",
             numbers=f"{shares} parts of the batch, each of at most one sequence",
             why="two calls of different sequences take turns",
             legal=(f"--batch {2 * shares}", str(replace(layout, communication="exposed"))),

@@ -105,19 +105,20 @@ def _spec(model: PreTrainedModel) -> tuple[ModelSpec, Family]:
 
 
 def _check_layout(model: ModelSpec, layout: Layout, ranks: int) -> None:
+    logits = "every rank needs all sequences' logits in every step, and exactly"
     reasons = {
-        "pp > 1": layout.pp > 1,
-        "dp > 1": layout.dp > 1,
-        "gathered weights": layout.weights == "gathered",
-        "overlapped communication": layout.communication == "overlapped",
-        "no exchange": layout.exchange == "independent",
+        "pp > 1": (layout.pp > 1, logits),
+        "dp > 1": (layout.dp > 1, logits),
+        "gathered weights": (layout.weights == "gathered", "its cache is not that of gathered prefill"),
+        "overlapped communication": (layout.communication == "overlapped", "it computes one call at a time"),
+        "no exchange": (layout.exchange == "independent", logits),
     }
-    for reason, holds in reasons.items():
+    for reason, (holds, why) in reasons.items():
         if holds:
             legal = [str(other) for other in legal_layouts(model, layout.ranks) if other.dp == other.pp == 1]
             raise InvalidLayout(
                 f"{layout}: {reason} does not go with transformers' generate",
-                why="every rank needs all sequences' logits in every step, and exactly",
+                why=why,
                 legal=[text for text in legal if "gathered" not in text],
             )
     if ranks == 1 < layout.ranks and not dist.is_initialized():

@@ -87,13 +87,15 @@ class Axis:
         collective runs on the current stream.
         """
 
-    def _issue(self, kind: str, size: int, *, overlapped: bool = False) -> Issued:
+    def issue(self, kind: str, size: int, *, overlapped: bool = False) -> Issued:
+        """Tell observers of a collective in which this rank sends `size` bytes, before it is begun."""
         issued = Issued(kind, self.name, size, overlapped or self.meanwhile is not None)
         for observer in self.observers:
             observer.before(issued)
         return issued
 
-    def _done(self, issued: Issued, result: Tensor) -> Tensor:
+    def done(self, issued: Issued, result: Tensor) -> Tensor:
+        """Tell observers of its result, and return that."""
         for observer in self.observers:
             observer.after(issued, result)
         return result
@@ -120,9 +122,9 @@ class Axis:
         return self._sum(x)
 
     def _sum(self, x: Tensor) -> Tensor:
-        issued = self._issue("all_reduce", 2 * (self.size - 1) * _size_bytes(x) // self.size)
+        issued = self.issue("all_reduce", 2 * (self.size - 1) * _size_bytes(x) // self.size)
         self._complete(partial(dist.all_reduce, x, group=self.group))
-        return self._done(issued, x)
+        return self.done(issued, x)
 
     def _sum_copy(self, x: Tensor) -> Tensor:
         return self._sum(x.clone(memory_format=torch.contiguous_format))
@@ -149,7 +151,7 @@ class Axis:
 
     def start_all_gather(self, x: Tensor, sizes: Sequence[int]) -> "Receipt":
         """Begin `all_gather`; the result is there after `wait`. Leave `x` alone until then."""
-        issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x), overlapped=True)
+        issued = self.issue("all_gather", (self.size - 1) * _size_bytes(x), overlapped=True)
         out = x.new_empty(sum(sizes))
         work = self._start_gather(out, x.detach(), sizes, async_op=True)
         assert work is not None
@@ -158,10 +160,10 @@ class Axis:
 
     def _gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         x = x.contiguous()
-        issued = self._issue("all_gather", (self.size - 1) * _size_bytes(x))
+        issued = self.issue("all_gather", (self.size - 1) * _size_bytes(x))
         out = x.new_empty(sum(sizes))
         self._complete(partial(self._start_gather, out, x, sizes))
-        return self._done(issued, out)
+        return self.done(issued, out)
 
     def _start_gather(
         self, out: Tensor, x: Tensor, sizes: Sequence[int], *, async_op: bool = False
@@ -186,7 +188,7 @@ class Axis:
 
     def _scatter_sum(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         x, mine = x.contiguous(), sizes[self.index]
-        issued = self._issue("reduce_scatter", (x.numel() - mine) * x.element_size())
+        issued = self.issue("reduce_scatter", (x.numel() - mine) * x.element_size())
         if len(set(sizes)) == 1:
             out = x.new_empty(mine)
             self._complete(partial(_reduce_scatter, out, x, group=self.group))
@@ -196,7 +198,7 @@ class Axis:
             self._complete(partial(dist.all_to_all_single, parts, x, *splits, group=self.group))
             wide = torch.promote_types(x.dtype, torch.float32)
             out = parts.view(self.size, mine).sum(0, dtype=wide).to(x.dtype)
-        return self._done(issued, out)
+        return self.done(issued, out)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """`send[r]` elements of flat `x` go to rank r; the `receive[r]` that come from it, in axis order, flat."""
@@ -209,24 +211,24 @@ class Axis:
 
     def _exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         x = x.contiguous()
-        issued = self._issue("all_to_all", (x.numel() - send[self.index]) * x.element_size())
+        issued = self.issue("all_to_all", (x.numel() - send[self.index]) * x.element_size())
         out = x.new_empty(sum(receive))
         self._complete(partial(dist.all_to_all_single, out, x, list(receive), list(send), group=self.group))
-        return self._done(issued, out)
+        return self.done(issued, out)
 
     def start_send(self, x: Tensor, to: int) -> dist.Work | None:
         """Begin to send `x` to axis position `to`. Keep `x` unchanged until the work is waited for; none if empty."""
         if not x.numel():
             return None
-        issued = self._issue("send", _size_bytes(x), overlapped=True)
-        self._done(issued, x)  # an observer that corrupts the payload must act before it leaves
+        issued = self.issue("send", _size_bytes(x), overlapped=True)
+        self.done(issued, x)  # an observer that corrupts the payload must act before it leaves
         return dist.isend(x, self.ranks[to], group=self.group)
 
     def start_receive(self, out: Tensor, source: int) -> "Receipt":
         """Begin to receive `out` from axis position `source`; nothing travels where it is empty."""
         if not out.numel():
             return Receipt(self, Issued("recv", self.name, 0, overlapped=True), None, out)
-        issued = self._issue("recv", _size_bytes(out), overlapped=True)
+        issued = self.issue("recv", _size_bytes(out), overlapped=True)
         return Receipt(self, issued, dist.irecv(out, self.ranks[source], group=self.group), out)
 
 
@@ -251,7 +253,7 @@ class Receipt:
         if self.work is None:
             return self.out
         self.work.wait()
-        return self.axis._done(self.issued, self.out)
+        return self.axis.done(self.issued, self.out)
 
 
 class Recorder:

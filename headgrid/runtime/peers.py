@@ -67,7 +67,7 @@ class Sums:
     def fold(self, room: int, x: Tensor, norm: Norm | None) -> Tensor:
         """x [T, D] += the sum over ranks of what is in the room; returns its norm [T, D], or x where there is none."""
         axis, mine = self.window.axis, self.rooms[room, : len(x)]
-        issued = axis._issue("all_reduce", 2 * (axis.size - 1) * mine.numel() * mine.element_size() // axis.size)
+        issued = axis.issue("all_reduce", 2 * (axis.size - 1) * mine.numel() * mine.element_size() // axis.size)
         (count, width), (weight, shift) = x.shape, norm or (x, None)
         out, block = torch.empty_like(mine), 1 << (width - 1).bit_length()
         _kernels().sum_add_norm[(min(count, self.window.blocks),)](
@@ -77,7 +77,7 @@ class Sums:
             SHIFT=shift is not None, UNIT=self.model.norm_unit_offset,
             BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
-        return axis._done(issued, out if norm is not None else x)
+        return axis.done(issued, out if norm is not None else x)
 
 
 class Shuffle:
@@ -100,18 +100,18 @@ class Shuffle:
         """From `projections` [b, ...] of this slice to its channels of the attention output [b, H u]."""
         axis, heads, u = self.window.axis, self.slices.heads, self.slices.v_widths[0]
         size = self.window.local.element_size()
-        issued = axis._issue("all_to_all", (len(self.owners) - self.mine) * self.width * size)
+        issued = axis.issue("all_to_all", (len(self.owners) - self.mine) * self.width * size)
         q = self._to_rows(core)
-        axis._done(issued, q)
+        axis.done(issued, q)
         if self.mine:
             core.attend_stored(q, self.attended[: self.mine, None])
-        issued = axis._issue("all_to_all", self.mine * heads * u * (axis.size - 1) * size)
+        issued = axis.issue("all_to_all", self.mine * heads * u * (axis.size - 1) * size)
         out = q.new_empty(len(self.owners), heads * u)
         _kernels().to_channels[(len(out),)](
             *self.window.pointers, out, self.owners, self.places, self.attended.storage_offset(), heads,
             D=u * axis.size, **self._constants(u),
         )  # fmt: skip
-        return axis._done(issued, out)
+        return axis.done(issued, out)
 
     def _to_rows(self, core: Core) -> Tensor:
         """The queries [b_j, 1, H, d] of own sequences; their keys and values go into the cache."""

@@ -33,11 +33,14 @@ class Figure:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
-def render(design: Json, env: Json, records: Sequence[Record], summary: Json) -> str:
+def render(
+    design: Json, env: Json, records: Sequence[Record], summary: Json, *, source_sha256: str | None = None
+) -> str:
     """The whole page. Pure: the same four documents make the same page.
 
     Labels and names are text to be shown, whatever they contain; unknown values appear as "not measured".
-    Ratios are throughputs of the first arm over the second, above 1 where the first is faster.
+    Ratios are throughputs of the first arm over the second, above 1 where the first is faster. `source_sha256`: of the
+    source that makes the page, which the page then names, so that a check knows whether it can make the same.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("headgrid.report").joinpath("template.html.j2").read_text(encoding="utf-8")
@@ -46,6 +49,7 @@ def render(design: Json, env: Json, records: Sequence[Record], summary: Json) ->
     layers = {text: _layers_per_rank(*parts) for text, parts in layouts.items() if not isinstance(parts, str)}
     return environment.from_string(template).render(
         title=_title(design),
+        maker=source_sha256,
         subtitle=_subtitle(design, summary),
         outcome=outcome(summary, design["margin"]),
         warnings=_warnings(design, env, summary),

@@ -102,7 +102,7 @@ def _clocks_between_arms(evidence: Evidence) -> Iterator[Finding]:
     arms: dict[tuple[str, str], list[float]] = {}
     for (window, _), clock in means.items():
         arms.setdefault((window.phase, window.arm), []).append(clock)
-    for phase in dict.fromkeys(phase for phase, _ in arms):  # not a set: strings are hashed anew in each process
+    for phase in dict.fromkeys(phase for phase, _ in arms):  # in order: a set would give another example each time
         clocks = {arm: fmean(values) for (p, arm), values in arms.items() if p == phase}
         highest = max(clocks.values())
         for arm, clock in clocks.items():

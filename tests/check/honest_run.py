@@ -106,15 +106,16 @@ def records(plan: Design, env_sha256: str) -> list[Record]:
 
         record(
             "launch", 9.9, design_hash=declared["hash"], environment_sha256=env_sha256, ranks=4, attempt=0,
-            device_names=["NVIDIA H200"] * 4, **hashes, start_s=8.7,
+            device_names=["NVIDIA H200"] * 4, **hashes, started_s=clock.now + 0.4, start_s=8.7,
         )  # fmt: skip
         moved = draw.uniform(0.24, 0.25)
-        record("control", 15, layout=plan.control, relative_error=moved, rejected=True, sensitivity=moved)
+        moves = {"relative_error": moved, "rejected": True, "sensitivity": moved}
+        record("control", 15, layout=plan.control, linears="model", **moves)
         for layout in plan.layouts:
             examine(plan, draw, record, layout, launch)
         for block, order in enumerate(plan.order[launch]):
             for position, index in enumerate(order):
-                time_block(plan, draw, record, block, position, index)
+                time_block(plan, draw, clock, record, block, position, index)
         record("end", 0.0021, completed=True)
     return found
 
@@ -152,17 +153,22 @@ def examine(plan: Design, draw: random.Random, record: Any, layout: Layout, laun
         record("verify", 0.001 if place else 2.0, arm=label, **verdict)
 
 
-def time_block(plan: Design, draw: random.Random, record: Any, block: int, position: int, index: int) -> None:
+def time_block(
+    plan: Design, draw: random.Random, clock: Clock, record: Any, block: int, position: int, index: int
+) -> None:
     arm = plan.arms[index]
     factor = draw.gauss(1, 1e-3) * (1.02 if block < plan.protocol.warmup_blocks else 1)
     times = {}
     for phase, usual in (("prefill_s", PREFILL_S), ("decode_s", DECODE_S)):
         slowest = usual[str(parse_layout(arm.layout))] * factor * draw.gauss(1, 5e-4)
         times[phase] = [round(slowest * (1 - 3e-5 * draw.random()), 9) for _ in range(4)]
-    gap = sum(map(max, times.values())) + draw.uniform(0.0021, 0.0068)
+    idle = [draw.uniform(0.0007, 0.0022) for _ in range(3)]
+    gap = sum(map(max, times.values())) + sum(idle)
+    begun = clock.now + idle[0]
+    starts = {"prefill_start_s": begun, "decode_start_s": begun + max(times["prefill_s"]) + idle[1]}
     warmup = block < plan.protocol.warmup_blocks
     values = {"block": block, "attempt": 0, "position": position, "arm": arm.label}
-    record("block", gap, **values, **times, decode_steps=plan.workload.decode_steps, warmup=warmup)
+    record("block", gap, **values, **starts, **times, decode_steps=plan.workload.decode_steps, warmup=warmup)
 
 
 def write_journal(folder: Path, found: list[Record]) -> None:

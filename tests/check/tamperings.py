@@ -38,10 +38,14 @@ class Documents:
         """Change the times of some arms' blocks; `clocks`: and move all that was written after each."""
         shift = 0.0
         for record in self.records:
-            if record["kind"] == "block" and record["arm"] in arms:
-                before = max(record["prefill_s"]) + max(record["decode_s"])
-                change(record)
-                shift += (max(record["prefill_s"]) + max(record["decode_s"]) - before) * clocks
+            before = {phase: max(record.get(phase, [0.0])) for phase in ("prefill_s", "decode_s")}
+            for mark in ("started_s", "prefill_start_s"):
+                record.update({mark: record[mark] + shift} if mark in record else {})
+            if record["kind"] == "block":
+                change(record) if record["arm"] in arms else None
+                shift += (max(record["prefill_s"]) - before["prefill_s"]) * clocks
+                record["decode_start_s"] += shift
+                shift += (max(record["decode_s"]) - before["decode_s"]) * clocks
             record["time_s"] += shift
 
 

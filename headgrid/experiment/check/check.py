@@ -12,6 +12,7 @@ from headgrid.experiment.check.run import Run, open_folder
 from headgrid.experiment.journal import JournalError
 from headgrid.experiment.records import block_times, of_kind
 from headgrid.experiment.stats import PHASES, summarise
+from headgrid.layout.layout import parse_layout
 from headgrid.spec.hardware import find_hardware
 
 
@@ -53,7 +54,7 @@ def _arm(row: dict[str, Any], devices: int) -> ArmResult:
         }
         held = {name: row["memory_bytes"][part] for name, part in parts.items()}
         figures |= {name: Figure(mean=size) for name, size in held.items() if size}
-    linears = "float8" if "fp8" in row["layout"].partition(":")[2].split("+") else None
+    linears = "float8" if parse_layout(row["layout"]).linears == "fp8" else None
     return ArmResult(label=row["label"], devices=devices, figures=figures, linears=linears)
 
 

@@ -6,6 +6,7 @@ Whoever rewrites times and makes every hash and summary again has to keep these 
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import datetime
 from statistics import median
 
@@ -45,7 +46,11 @@ def clocks(run: Run) -> Outcome:
         if after < before - CLOCK_STEP_S:
             yield Finding("time.order", f"record {place}", f"written {before - after:.3f} s before the one ahead of it")
     for segment in segments(run.records):
-        begun = segment.records[0]["time_s"] - segment.records[0]["start_s"]
+        ready = segment.records[0]["time_s"] - segment.records[0]["start_s"]
+        begun = segment.records[0].get("started_s", ready)
+        if begun > ready + CLOCK_STEP_S:
+            what = f"ranks were started {begun - ready:.3f} s too late for the time that they took"
+            yield Finding("time.order", segment.where, what)
         if segment.records[0]["start_s"] < 0:
             yield Finding("time.order", segment.where, "ranks took less than no time to start")
         if segment.start and begun < times[segment.start - 1] - CLOCK_STEP_S:
@@ -65,6 +70,7 @@ def block_clocks(run: Run) -> Outcome:
                 continue
             gap, duration = record["time_s"] - before["time_s"], _duration_s(record)
             where = f"{segment.where}, block {record['block']} of {record['arm']}"
+            yield from _starts(before, record, where)
             if duration > gap + CLOCK_READ_S + CLOCK_READ_S * duration:
                 yield Finding("time.blocks", where, f"took {duration:.4f} s within {gap:.4f} s")
             if (
@@ -81,6 +87,22 @@ def block_clocks(run: Run) -> Outcome:
         if abs(median(values) - usual) > allowed:
             what = f"idles {median(values):.4f} s around each block, the arms at the median {usual:.4f} s"
             yield Finding("time.idle", arm, f"{what}: its durations are not those that passed")
+
+
+def _starts(before: Record, record: Record, where: str) -> Iterator[Finding]:
+    """Prefill begins after the record ahead, decode after prefill, and the record follows both.
+
+    All by rank 0, which also stamps: where cores are scarce, others leave a barrier tens of milliseconds earlier.
+    """
+    marks = [("the record ahead", before["time_s"], 0.0)]
+    for phase in PHASES:
+        if (start := record.get(f"{phase}_start_s")) is not None:
+            marks.append((phase, start, record[f"{phase}_s"][0]))
+    marks.append(("the record", record["time_s"], 0.0))
+    for (name, start, duration), (then, later, _) in itertools.pairwise(marks):
+        if start + duration > later + CLOCK_READ_S + CLOCK_READ_S * duration:
+            late = start + duration - later
+            yield Finding("time.blocks", where, f"{then} is stamped {late:.4f} s before {name} had ended")
 
 
 def pipeline_clocks(run: Run) -> Outcome:

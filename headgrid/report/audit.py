@@ -2,32 +2,41 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import zip_longest
 from pathlib import Path
 
+from headgrid.errors import HeadgridError
 from headgrid.experiment.check.finding import Finding, Note
-from headgrid.experiment.folder import open_run
-from headgrid.experiment.summary import summary_of
-from headgrid.experiment.telemetry import FILE, read
+from headgrid.report.conclude import documents
 from headgrid.report.html import render
 
 _WORD = re.compile(r"\S+")
-_SHOWN = 8
+_BEFORE, _AFTER = 4, 8
+"""Words that a finding quotes around the first difference."""
+_MAKER = "headgrid "
 
 
-class _Words(HTMLParser):
-    """What a reader sees outside drawings, whose text depends on the version of the plotting library."""
+class _Page(HTMLParser):
+    """What a reader sees outside drawings, whose text depends on the version of the plotting library.
 
-    def __init__(self) -> None:
+    `words`: in their order. `maker`: the hash of the source that made the page, where it says so.
+    """
+
+    def __init__(self, source: str) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.words: list[str] = []
+        self.maker: str | None = None
         self._hidden = 0
+        self.feed(source)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """A drawing or a style begins."""
+        """A drawing or a style begins, or the page says what made it."""
         self._hidden += tag in ("svg", "style")
+        if tag == "meta" and dict(attrs).get("name") == "generator":
+            self.maker = (dict(attrs).get("content") or "").removeprefix(_MAKER)
 
     def handle_endtag(self, tag: str) -> None:
         """It ends."""
@@ -36,36 +45,35 @@ class _Words(HTMLParser):
     def handle_data(self, data: str) -> None:
         """Text, and data that is embedded for scripts."""
         if not self._hidden:
-            self.found.update(_WORD.findall(data))
-
-
-def words(page: str) -> Counter[str]:
-    """The words and figures of a page, with their numbers."""
-    parser = _Words()
-    parser.feed(page)
-    return parser.found
+            self.words += _WORD.findall(data)
 
 
 def page_figures(folder: Path, source_sha256: str) -> Iterator[Finding | Note]:
-    """report.html against a page that is made again here. A page of another version is not compared."""
+    """report.html against a page that is made again here.
+
+    It is compared if this version made the run or the page: an edited page cannot escape by naming another maker.
+    """
     path = folder / "report.html"
     if not path.exists():
         return
     env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-    if env.get("source_sha256") != source_sha256:
+    shown = _Page(path.read_text(encoding="utf-8"))
+    if source_sha256 not in (env.get("source_sha256"), shown.maker):
         yield Note("report.html is of another version and was not compared; `headgrid report` makes it again")
         return
     try:
-        _, records = open_run(folder)
-        design = json.loads((folder / "design.json").read_text(encoding="utf-8"))  # of its own version, as `conclude`
         stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        summary = summary_of(design, records, read(folder / FILE))
-        summary |= {key: stored.get(key) for key in ("run", "journal")}
-        made = words(render(design, env, records, summary))
-    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        made = _Page(render(*documents(folder, stored.get("run"))))
+    except (HeadgridError, OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         yield Finding("report.figures", "report.html", f"it cannot be made again: {error!r:.200}")
         return
-    shown = words(path.read_text(encoding="utf-8"))
-    if shown != made:
-        ours, theirs = (" ".join(list(extra)[:_SHOWN]) or "nothing" for extra in (made - shown, shown - made))
-        yield Finding("report.figures", "report.html", f"shows {theirs:.120} where the journal gives {ours:.120}")
+    if shown.words != made.words:
+        yield Finding("report.figures", "report.html", _difference(shown.words, made.words))
+
+
+def _difference(shown: list[str], made: list[str]) -> str:
+    """The first one, with the words around it."""
+    place = next(index for index, (one, other) in enumerate(zip_longest(shown, made)) if one != other)
+    around = slice(max(0, place - _BEFORE), place + _AFTER)
+    theirs, ours = (" ".join(words[around]) for words in (shown, made))
+    return f"shows '{theirs:.160}' where the journal gives '{ours:.160}'"

@@ -1,19 +1,34 @@
 """The end of a run: summary.json and report.html, from the journal alone."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.folder import open_run, write_json, write_text
 from headgrid.experiment.journal import seal
+from headgrid.experiment.machine import source_sha256
+from headgrid.experiment.records import Record
 from headgrid.experiment.summary import summary_of
 from headgrid.experiment.telemetry import FILE, read
 from headgrid.report.html import render
 
 
-def conclude(folder: Path) -> dict[str, Any]:
-    """Write both files and return the summary. Raises InvalidInput if `folder` is not a run folder."""
+class Documents(NamedTuple):
+    """What a page is made from, in the order in which `render` takes it."""
+
+    design: dict[str, Any]
+    env: dict[str, Any]
+    records: Sequence[Record]
+    summary: dict[str, Any]
+
+
+def documents(folder: Path, run: str | None) -> Documents:
+    """All that `folder` holds, its summary made again; `run` is what the summary calls the run.
+
+    Raises InvalidInput if `folder` is not a run folder.
+    """
     _, records = open_run(folder)
     declared = json.loads((folder / "design.json").read_text())  # of its own version, with the hash that ranks saw
     try:
@@ -23,7 +38,12 @@ def conclude(folder: Path) -> dict[str, Any]:
     sealed = seal(folder / "journal.jsonl")
     journal = {"records": sealed.records, "link": sealed.link}
     made = summary_of(declared, records, read(folder / FILE))
-    summary = made | {"run": str(folder), "journal": journal}
-    write_json(folder / "summary.json", summary)
-    write_text(folder / "report.html", render(declared, env, records, summary))
-    return summary
+    return Documents(declared, env, records, made | {"run": run, "journal": journal})
+
+
+def conclude(folder: Path) -> dict[str, Any]:
+    """Write both files and return the summary. Raises InvalidInput if `folder` is not a run folder."""
+    found = documents(folder, str(folder))
+    write_json(folder / "summary.json", found.summary)
+    write_text(folder / "report.html", render(*found, source_sha256=source_sha256()))
+    return found.summary

@@ -41,7 +41,7 @@ def _unchecked(isolation: Mapping[str, Any]) -> str:
 
 
 def telemetry(summary: Summary, phase: Phase) -> Table:
-    """One row for each counter, one column for each arm: mean ± SD, the share of the ceiling, n."""
+    """One row for each counter, one column for each arm: mean ± SD; below it the share of the ceiling, n."""
     found = summary.get("telemetry") or {"arms": [], "missing": [], "hz": 0}
     arms: Sequence[Mapping[str, Any]] = found["arms"]
     by_arm = [{row["counter"]: row for row in arm["phases"][phase]} for arm in arms]
@@ -56,28 +56,44 @@ def telemetry(summary: Summary, phase: Phase) -> Table:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    shown_by_value = row["unit"] in ("B", "B/s", "")
-    unit = "" if shown_by_value else f", {row['unit']}"
-    return f"{row['label']}{unit}{' (derived)' if row['derived'] else ''}"
+    """The counter, its unit unless values show it, and the ceiling that shares are of."""
+    unit = "" if row["unit"] in ("B", "B/s", "") else f", {row['unit']}"
+    ceiling = f" (of {' '.join(_in_unit(row, row['ceiling'], None)).rstrip()})" if _has_share(row) else ""
+    return f"{row['label']}{unit}{ceiling}{' (derived)' if row['derived'] else ''}"
+
+
+def _has_share(row: Mapping[str, Any]) -> bool:
+    return row["share_of_ceiling"] is not None and row["unit"] != "%"
+
+
+def _in_unit(row: Mapping[str, Any], mean: float, sd: float | None) -> tuple[str, str]:
+    """Mean ± SD with the same decimals: two digits of the SD, between three and four of the mean; and the unit."""
+    of_bytes = row["unit"] in ("B", "B/s")
+    unit, divisor = fmt.byte_unit(mean) if of_bytes else ("", 1)
+    decimals = max(0, fmt.decimals_for(mean / divisor, 3)) if mean else 0
+    if sd and mean:
+        finest = max(0, fmt.decimals_for(mean / divisor, 4))
+        decimals = min(finest, max(decimals, fmt.decimals_for(sd / divisor, 2)))
+    elif sd:
+        decimals = max(0, fmt.decimals_for(sd, 2))
+    text = " ± ".join(fmt.fixed(value / divisor, decimals) for value in (mean, sd) if value is not None)
+    return text, unit + row["unit"][1:] if of_bytes else ""
 
 
 def _cell(row: Mapping[str, Any] | None) -> Cell:
     if row is None:
         return Cell(fmt.NOT_MEASURED, "number unknown")
-    show = (lambda value: fmt.size(value) + ("/s" if row["unit"] == "B/s" else "")) if row["unit"][:1] == "B" else None
-    mean, sd = (show(v) if show and v is not None else fmt.significant(v) for v in (row["mean"], row["sd"]))
-    text = f"{mean} ± {sd}" if row["sd"] is not None else mean
-    if row["share_of_ceiling"] is not None and row["unit"] != "%":
-        ceiling = show(row["ceiling"]) if show else fmt.significant(row["ceiling"])
-        text += f", {fmt.percent(row['share_of_ceiling'])} of {ceiling}"
-    return Cell(f"{text} (n {row['n']:,})", "number")
+    figures = " ".join(_in_unit(row, row["mean"], row["sd"])).rstrip()
+    share = f"{fmt.percent(row['share_of_ceiling'])}, " if _has_share(row) else ""
+    return Cell(f"{figures}\n{share}n {row['n']:,}", "number")
 
 
 def _note(found: Mapping[str, Any], by_arm: Sequence[Mapping[str, Any]]) -> str:
     derived = {row["label"]: row["derived"] for rows in by_arm for row in rows.values() if row["derived"]}
     parts = [
         "Means over samples that lie wholly inside timed blocks, of the mean over the ranks' GPUs, cores or processes;"
-        " ± SD over samples, which follow one another and are not independent; n counts them."
+        " ± SD over samples, which follow one another and are not independent; n counts them. Per cents without a unit"
+        " beside the name are shares of the ceiling that the name gives."
     ]
     parts += [f"{label} (derived): {how}." for label, how in derived.items()]
     if found["missing"]:

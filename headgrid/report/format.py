@@ -152,4 +152,6 @@ def plain(value: Any, *, unset: str = NOT_MEASURED) -> str:
         return ", ".join(items) or "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else f"{value:.6g}"
     return str(value)

@@ -33,11 +33,14 @@ class Figure:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
-def render(design: Json, env: Json, records: Sequence[Record], summary: Json) -> str:
+def render(
+    design: Json, env: Json, records: Sequence[Record], summary: Json, *, source_sha256: str | None = None
+) -> str:
     """The whole page. Pure: the same four documents make the same page.
 
     Labels and names are text to be shown, whatever they contain; unknown values appear as "not measured".
-    Ratios are throughputs of the first arm over the second, above 1 where the first is faster.
+    Ratios are throughputs of the first arm over the second, above 1 where the first is faster. `source_sha256`: of the
+    source that makes the page, which the page then names, so that a check knows whether it can make the same.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("headgrid.report").joinpath("template.html.j2").read_text(encoding="utf-8")
@@ -46,6 +49,7 @@ def render(design: Json, env: Json, records: Sequence[Record], summary: Json) ->
     layers = {text: _layers_per_rank(*parts) for text, parts in layouts.items() if not isinstance(parts, str)}
     return environment.from_string(template).render(
         title=_title(design),
+        maker=source_sha256,
         subtitle=_subtitle(design, summary),
         outcome=outcome(summary, design["margin"]),
         warnings=_warnings(design, env, summary),
@@ -97,6 +101,8 @@ def outcome(summary: Json, margin: float) -> str:
     checked = (
         "every arm computes what the reference computes" if not failed else f"{', '.join(failed)} failed the check"
     )
+    if not failed and any(arm.get("fp8") is not None for arm in arms):
+        checked += ", with FP8 linears within a wider bound"
     if failed and not any(arm["verify"] for arm in arms):
         checked = "no arm has been checked against the reference"
     parts, called = [checked], names(summary)
@@ -118,13 +124,24 @@ def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: fl
     if faster:
         best = max(faster, key=lambda row: row["ratio"])
         gain = f"{_gain(best)} more tokens per second than {called[baseline]}{_within(best)}"
-        return f"in {phase}, {called[best['a']]} handled {gain}"
+        return f"in {phase}, {called[best['a']]} handled {gain}{_without_fp8(best, faster, called)}"
     if all(row["verdict"] == "slower" for row in known):
         closest = f"the closest, {called[best['a']]}, by {_gain(best)}"
         return f"in {phase}, every other layout was slower than {called[baseline]}, {closest}"
     if all(row["verdict"] == "equivalent" for row in known):
         return f"in {phase}, all layouts were as fast as {baseline}, within {fmt.percent(margin)}"
     return f"in {phase}, no layout was shown to be faster than {baseline}"
+
+
+def _without_fp8(best: Json, faster: Sequence[Json], called: Mapping[str, str]) -> str:
+    """Beside a winner that is less exact: the fastest of those that are not."""
+    as_exact = [row for row in faster if called[row["a"]] == row["a"]]
+    if called[best["a"]] == best["a"]:
+        return ""
+    if not as_exact:
+        return ", while none without FP8 was shown to be faster"
+    second = max(as_exact, key=lambda row: row["ratio"])
+    return f", and {second['a']}, the fastest without FP8, {_gain(second)} more"
 
 
 def _gain(row: Json) -> str:
@@ -218,9 +235,10 @@ def _facts(design: Json, env: Json, records: Sequence[Record]) -> Iterator[tuple
     own = {key: design.get(key) for key in ("device", "backend", "ranks", "headgrid_version", *keys)}
     own["launches started"] = len(launches)
     own["ended"] = bool(ends and ends[-1]["completed"])
-    yield "Model", list(_flat(design["model"]))
-    yield "Workload", list(_flat({**design["workload"], "text": design.get("text", {}).get("source")}))
-    yield "Design", list(_flat(own))
+    yield "Model", list(_flat(design["model"], unset=NOT_SET))
+    text = design.get("text", {}).get("source")
+    yield "Workload", list(_flat({**design["workload"], "text": text}, unset=NOT_SET))
+    yield "Design", list(_flat(own, unset=NOT_SET))
     yield "Environment", list(_flat(env))
     hashes = {"design": design.get("hash"), "text": design.get("text", {}).get("sha256")}
     for key in ("input_sha256", "weights_sha256"):
@@ -232,13 +250,24 @@ def _distinct(values: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(fmt.plain(value) for value in values))
 
 
-def _flat(document: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a JSON document with their paths."""
-    for key, value in document.items():
-        path = f"{prefix}{key}"
+NOT_SET = "not set"
+
+
+def _columns(value: Any) -> Any:
+    """A list of rows as a row of lists; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+        return {column: [row.get(column) for row in value] for column in value[0]}
+    return value
+
+
+def _flat(document: Json, prefix: str = "", unset: str = fmt.NOT_MEASURED) -> Iterator[tuple[str, str]]:
+    """The leaves of a JSON document with their paths. Of rows, as of GPUs, each column is a leaf."""
+    for key, found in document.items():
+        path, value = f"{prefix}{key}", _columns(found)
+        listed = value if isinstance(value, list) else [found]
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{path} · ")
-        elif key.endswith("_bytes") and fmt.known(value):
-            yield path.removesuffix("_bytes"), fmt.size(value)
+            yield from _flat(value, f"{path} · ", NOT_SET if key == "environment" else unset)
+        elif key.endswith("_bytes") and value is not None:
+            yield path.removesuffix("_bytes"), fmt.plain([fmt.size(each) for each in listed])
         else:
-            yield path, fmt.plain(value, unset="not set" if prefix.startswith("environment") else fmt.NOT_MEASURED)
+            yield path, fmt.plain(value, unset=unset)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headgrid.experiment.isolation import verdict_of
-from headgrid.report.format import NOT_MEASURED
+from headgrid.report.format import NOT_MEASURED, percent
 
 SIGNS = {"SUSPECT": "\N{DAGGER}", "INVALID": "\N{DOUBLE DAGGER}"}
 LEGEND = f"{SIGNS['SUSPECT']} suspect, {SIGNS['INVALID']} invalid: the conditions were disturbed, see Isolation."
@@ -41,7 +41,7 @@ def sampling_line(summary: Mapping[str, Any]) -> str:
     if not telemetry:
         return NOT_MEASURED
     share = telemetry["sampler_cpu_share"]
-    cost = f"{share:.2%} of a core" if share is not None else NOT_MEASURED
+    cost = f"{percent(share, 3)} of a core" if share is not None else NOT_MEASURED
     return (
         f"{telemetry['samples']:,} samples at {telemetry['hz']:g} a second by a process of its own, which took {cost};"
         " see Telemetry"

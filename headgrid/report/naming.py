@@ -12,7 +12,7 @@ def named(arm: Mapping[str, Any], gap: str = " ") -> str:
     if fp8 is None:
         return arm["label"]
     error, ratio = fmt.percent(arm["relative_error"]), fmt.significant(fp8["error_ratio"], 2)
-    return f"{arm['label']}{gap}(error {error}, {ratio} x {fp8['against']}'s)"
+    return f"{arm['label']}{gap}(error {error}, {ratio} {fmt.TIMES} {fp8['against']}'s)"
 
 
 def names(summary: Mapping[str, Any], gap: str = " ") -> dict[str, str]:

@@ -64,7 +64,9 @@ def _axis(root: Element, model: ModelSpec, cells: Sequence[Cell]) -> None:
     """Labels at the cuts, as far as there is room between them."""
     channels = {edge for cell in cells for span in cell.channels for edge in (span.start, span.stop)}
     for edge in _spaced(sorted(channels), (WIDTH - LEFT) / model.head_dim, 22):
-        _text(root, _x(model, edge), HEIGHT - BOTTOM + 14, str(edge), "middle", MUTED)
+        last = edge == model.head_dim  # of three digits it would be cut off
+        x, anchor = (WIDTH - 1, "end") if last else (_x(model, edge), "middle")
+        _text(root, x, HEIGHT - BOTTOM + 14, str(edge), anchor, MUTED)
     heads = {edge for cell in cells for edge in (cell.heads.start, cell.heads.stop)}
     for edge in _spaced(sorted(heads), (HEIGHT - TOP - BOTTOM) / model.num_heads, 13):
         _text(root, LEFT - 6, _y(model, edge) + TEXT * 0.36, str(edge), "end", MUTED)
@@ -108,12 +110,14 @@ def caption(model: ModelSpec, layout: Layout) -> str:
     owners = [cell.kv_heads for cell in cells if cell.dp == cell.pp == cell.slice == 0]
     copies = sum(len(span) for span in owners) / model.num_kv_heads
     kv_heads = _count(model.num_kv_heads, "KV head")
-    parts.append(f"{kv_heads}, none stored twice." if copies == 1 else f"{kv_heads}, each stored {copies:g} times.")
+    once = "none stored twice in a replica" if layout.dp > 1 else "none stored twice"
+    parts.append(f"{kv_heads}, {once}." if copies == 1 else f"{kv_heads}, each stored {copies:g} times.")
     if layout.pp > 1:
         parts.append(f"{layout.pp} pipeline stages: {'; '.join(_stages(cells, layout))}. All are cut alike.")
     if layout.dp > 1:
         step = layout.ranks // layout.dp
-        parts.append(f"{layout.dp} replicas, each with its own sequences; the ranks of replica k are {step} k higher.")
+        higher = "k" if step == 1 else f"{step} k"
+        parts.append(f"{layout.dp} replicas, each with its own sequences; the ranks of replica k are {higher} higher.")
     return " ".join(parts)
 
 
@@ -124,7 +128,8 @@ def _count(number: int, noun: str) -> str:
 def _stages(cells: Sequence[Cell], layout: Layout) -> Iterator[str]:
     for stage in range(layout.pp):
         mine = [cell for cell in cells if cell.pp == stage and cell.dp == 0]
-        yield f"stage {stage} has layers {_spans([mine[0].layers])} on ranks {ranks([cell.rank for cell in mine])}"
+        on = f"{'rank' if len(mine) == 1 else 'ranks'} {ranks([cell.rank for cell in mine])}"
+        yield f"stage {stage} has layers {_spans([mine[0].layers])} on {on}"
 
 
 def rows(model: ModelSpec, layout: Layout) -> Iterator[tuple[str, ...]]:

@@ -1,7 +1,9 @@
 """The plots of a report, as SVG elements. Each returns None if there is nothing to draw."""
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -9,6 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from headgrid.experiment.records import Record, block_times
 from headgrid.report.format import NOT_MEASURED, duration, percent, ratio, significant
@@ -51,6 +54,11 @@ def _finish(figure: Figure, name: str, alternative: str) -> Markup:
     return inline(buffer.getvalue(), name, alternative)
 
 
+def _grouped(value: float, _: float | None) -> str:
+    """A tick's figure as the tables write it: 100,000."""
+    return f"{value:,.10g}"
+
+
 def short(label: str, length: int = 26) -> str:
     """`label`, cut to fit beside an axis; the tables have it whole."""
     return label if len(label) <= length else label[: length - 1] + "…"
@@ -75,6 +83,7 @@ def bars(name: str, arms: Sequence[Mapping[str, Any]], key: str, scale: float, u
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * max(scale * (values["mean"] + 2 * (values["sd"] or 0.0)) for _, values in shown))
         axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(FuncFormatter(_grouped))
         axes.set_xlabel(f"{unit}; error bars ±2 SD")
         parts = (f"{label} {significant(mean, 4)}" for (label, _), mean in zip(shown, means, strict=True))
         return _finish(figure, name, f"Bar chart, {unit}: {'; '.join(parts)}.")
@@ -99,10 +108,12 @@ def blocks_over_time(name: str, labels: Sequence[str], records: Sequence[Record]
                     marker=_MARKERS[index % len(_MARKERS)],
                     markersize=3.6,
                     linewidth=0.9,
-                    label=short(label, 22) if launch == keys[0].launch else None,
+                    linestyle=_LINES[index // len(SERIES) % len(_LINES)],
+                    label=short(label) if launch == keys[0].launch else None,
                 )
         _mark_launches(axes, place)
         axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.yaxis.set_major_formatter(FuncFormatter(_grouped))
         axes.set_ylabel("block time, ms")
         figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
         drifts = (f"{label} {_range(series.values())}" for label, series in times.items() if series)
@@ -110,6 +121,8 @@ def blocks_over_time(name: str, labels: Sequence[str], records: Sequence[Record]
 
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("solid", "dashed", "dotted")
+"""For arms beyond the number of colours."""
 
 
 def _range(seconds: Iterable[float]) -> str:
@@ -180,18 +193,27 @@ def timeline(name: str, events: Sequence[Mapping[str, Any]], stages: int) -> tup
     scale, unit = (1e3, "ms") if end - start >= 1e-3 else (1e6, "µs")
     with matplotlib.rc_context(SETTINGS):
         figure, axes = _axes(WIDE, 0.65 + 0.42 * stages)
+        every = _label_every(shown, end - start)
         for event in shown:
             left, width = (event["start_s"] - start) * scale, (event["end_s"] - event["start_s"]) * scale
             colour = SERIES[event["micro_batch"] % len(SERIES)]
             axes.barh(event["stage"], width, left=left, height=0.74, color=colour, alpha=0.45, edgecolor=PAPER)
-            if width > 0.02 * (end - start) * scale:
+            if event["micro_batch"] % every == 0:
                 text = str(event["micro_batch"])
                 axes.text(left + width / 2, event["stage"], text, ha="center", va="center", fontsize=TEXT - 1)
         axes.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)], color=INK)
         axes.set_ylim(stages - 0.5, -0.5)
         axes.set_xlim(0, (end - start) * scale)
+        axes.xaxis.set_major_formatter(FuncFormatter(_grouped))
         axes.set_xlabel(f"{unit} since the first micro-batch started; numbers are micro-batches")
         return _finish(figure, name, _timeline_text(shown, stages)), _idle(shown, stages, end - start, events)
+
+
+def _label_every(events: Sequence[Mapping[str, Any]], span_s: float) -> int:
+    """Every how many micro-batches a number has room, by the usual width of a box and the longest number."""
+    box = 0.94 * WIDE * 72 * median(event["end_s"] - event["start_s"] for event in events) / span_s if span_s else 0
+    wanted = 2 + 0.62 * TEXT * max(len(str(event["micro_batch"])) for event in events)  # a digit is 0.62 of its height
+    return math.ceil(wanted / box) if box else 1
 
 
 def _timeline_text(events: Sequence[Mapping[str, Any]], stages: int) -> str:

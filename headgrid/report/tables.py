@@ -243,6 +243,9 @@ def _memory_rows(arm: Mapping[str, Any], divisor: int) -> Iterator[list[Cell]]:
 
 
 def _share(value: float | None, divisor: int) -> str:
+    """Bytes in the table's unit; what would be only zeros in it in its own unit."""
+    if value and value < divisor / 10_000:
+        return fmt.size(value)
     return fmt.significant(value / divisor, 4) if value is not None else NOT_MEASURED
 
 
@@ -275,7 +278,9 @@ def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> I
     if not ops:  # an arm is verified after its traffic was watched
         yield [
             _name(named(arm)),
-            *_cells(["none issued" if arm["verified"] else NOT_MEASURED] + [NOT_APPLICABLE] * 8),
+            *_cells(["none issued" if arm["verified"] else NOT_MEASURED] + [NOT_APPLICABLE] * 2, ""),
+            *_cells([NOT_APPLICABLE] * 5),
+            Cell(NOT_APPLICABLE),
         ]
     total = [_total(ops, key) for key in ("calls", "bytes_per_rank", "time_s")]
     for number, op in enumerate(ops):
@@ -286,7 +291,7 @@ def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> I
         head = [_name(named(arm), len(ops) + (len(ops) > 1))] if number == 0 else []
         yield [*head, *row, _yes(op["as_predicted"])]
     if len(ops) > 1:
-        texts = (fmt.plain(total[0]), fmt.size(total[1]), fmt.duration(total[2]), NOT_APPLICABLE, NOT_APPLICABLE)
+        texts = (f"{total[0]:,}", fmt.size(total[1]), fmt.duration(total[2]), NOT_APPLICABLE, NOT_APPLICABLE)
         yield [
             Cell("all together", "total"),
             Cell("", "total"),

@@ -303,7 +303,8 @@ def test_report_marks_what_is_not_clean_and_shows_the_reasons() -> None:
     assert "CLEAN: 18 of 18 timed blocks clean" in pages["clean"] and "GPU_POWER_CAP" in pages["clean"]
     assert "‡" in pages["hot"].split("Isolation</h3>")[0] and "GPU_THERMAL_SLOWDOWN" in pages["hot"]
     assert "INVALID: 17 of 18 timed blocks clean" in pages["hot"]
-    assert "Telemetry: prefill" in pages["hot"] and "99\N{NO-BREAK SPACE}% of 700" in pages["hot"]
+    assert "Telemetry: prefill" in pages["hot"] and "Power, W (of 700)" in pages["hot"]
+    assert "690 ± 0\n99\N{NO-BREAK SPACE}%, n " in pages["hot"]
     unknown = render(run.design, make_env(), run.records, summary_of(run.design, run.records, None))
     assert "no telemetry was sampled" in unknown
 

@@ -58,7 +58,7 @@ def test_there_must_be_two_calls_somewhere(text: str, too_few: int, enough: int)
     layout = parse_layout(text)
     with pytest.raises(InvalidLayout) as caught:
         check(SPEC, layout, workload(too_few))
-    assert f"{too_few} sequences" in caught.value.block()
+    assert f"a batch of {too_few}" in caught.value.block()
     batch, exposed = caught.value.legal
     check(SPEC, layout, workload(int(batch.removeprefix("--batch "))))
     check(SPEC, parse_layout(exposed), workload(too_few))

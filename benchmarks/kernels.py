@@ -6,9 +6,13 @@ Run: python benchmarks/kernels.py
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
+
+from headgrid.runtime.kernels import fused
+from headgrid.spec.model import find_model
 
 TOKENS, HEADS, SLICES, WIDTH = 10_000, 16, 2, 64
 
@@ -53,6 +57,18 @@ def stores() -> None:
     bench("store, positions first", lambda: positions_first[:, :TOKENS].copy_(keys), size_bytes=size_bytes)
 
 
+def sums() -> None:
+    """A sum with the norm behind it, by torch and as one kernel, in decode and in prefill."""
+    model = find_model("seed")
+    for tokens in (1, 128, TOKENS):
+        x, y, weight, bias = random(tokens, 4096), random(tokens, 4096), random(4096), random(4096)
+        with torch.no_grad():
+            two = partial(lambda a, b, *norm: F.layer_norm(a.add_(b), (4096,), *norm), x, y, weight, bias)
+            bench(f"add, norm, {tokens} tokens", two)
+            one = partial(fused.add_norm, x, y, (weight, bias), model, torch.float16)
+            bench(f"add and norm, {tokens} tokens", one, size_bytes=8 * x.numel())
+
+
 def gelus() -> None:
     """GELU as a kernel of its own, and in the epilogue of the product."""
     x, weight, bias = random(TOKENS, 4096), random(16_384, 4096) * 0.02, random(16_384) * 0
@@ -65,5 +81,5 @@ def gelus() -> None:
 
 
 if __name__ == "__main__":
-    for group in (joins, stores, gelus):
+    for group in (joins, stores, sums, gelus):
         group()

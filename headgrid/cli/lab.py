@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from headgrid.cli.show import Json, Out, console_for, print_table, progress_bar
+from headgrid.cli.show import Device, Json, Out, console_for, print_table, progress_bar
 from headgrid.errors import InvalidInput, VerificationFailed
 from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 TelemetryHz = Annotated[
     float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
 ]
+Seq = Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each sequence.")]
+DecodeSteps = Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")]
+DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Blocks = Annotated[int | None, typer.Option(min=1, help="Measured blocks in each launch.")]
+Text = Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")]
+OWN_TEXT = "pydoc_data.topics"
 LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch beyond reason would take minutes
 
 
@@ -30,19 +36,19 @@ def compare(
     arms: Annotated[str | None, typer.Option(help="Layouts, comma-separated; the first is the baseline.")] = None,
     ranks: Annotated[int | None, typer.Option(min=2, help="Ranks: 16 on a CPU, all GPUs otherwise.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, max=LARGEST_BATCH, help="Sequences.")] = None,
-    seq: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each sequence.")] = None,
-    decode_steps: Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")] = None,
+    seq: Seq = None,
+    decode_steps: DecodeSteps = None,
     chunk_positions: Annotated[
         int, typer.Option(min=0, help="Chunked prefill: at most so many positions of a prompt a call; 0 for all.")
     ] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    blocks: Annotated[int | None, typer.Option(min=1, help="Measured blocks in each launch.")] = None,
+    dtype: DType = None,
+    blocks: Blocks = None,
     launches: Annotated[
         int | None, typer.Option(min=1, help="Fresh launches: 5 or more give an interval over launches.")
     ] = None,
     protocol: Annotated[str, typer.Option(help="`default`, or `seed` for 100 + 1000 iterations.")] = "default",
-    text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    text: Text = OWN_TEXT,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
     telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from headgrid.cli.show import Json, console_for, print_table
+from headgrid.cli.show import Device, Json, console_for, print_table
 from headgrid.errors import InvalidInput, VerificationFailed
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ Folder = Annotated[Path, typer.Option("--model", help="A local folder in Hugging
 LayoutName = Annotated[str | None, typer.Option("--layout", help="How the ranks share the model, e.g. n2m2:batch.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks: those of --layout, else all GPUs, or 1 on a CPU.")]
 DTypeName = Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; the checkpoint's by default.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Text; may be given several times.")]
 IdsText = Annotated[str | None, typer.Option("--ids", help="Token ids instead of text: 1,2,3;4,5 is two sequences.")]
 

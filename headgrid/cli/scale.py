@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from headgrid.cli.lab import LARGEST_BATCH, TelemetryHz
-from headgrid.cli.show import Json, Out, console_for, print_table, progress_bar
+from headgrid.cli.lab import LARGEST_BATCH, OWN_TEXT, Blocks, DecodeSteps, DType, Seq, TelemetryHz, Text
+from headgrid.cli.show import Device, Json, Out, console_for, print_table, progress_bar
 from headgrid.errors import InvalidInput, VerificationFailed
 from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 
@@ -31,13 +31,13 @@ def scale(
     batch: Annotated[
         int | None, typer.Option(min=1, max=LARGEST_BATCH, help="Sequences on the fewest ranks; weak multiplies them.")
     ] = None,
-    seq: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each sequence.")] = None,
-    decode_steps: Annotated[int | None, typer.Option(min=1, help="Tokens to decode in each block.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    blocks: Annotated[int | None, typer.Option(min=1, help="Measured blocks in each launch.")] = None,
+    seq: Seq = None,
+    decode_steps: DecodeSteps = None,
+    dtype: DType = None,
+    blocks: Blocks = None,
     rounds: Annotated[int, typer.Option(min=1, help="Launches of every point; 5 give an interval over launches.")] = 5,
-    text: Annotated[str, typer.Option(help="Input text: a file, or Python's own documentation.")] = "pydoc_data.topics",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    text: Text = OWN_TEXT,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, orders and which sequences are verified.")] = 0,
     telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),

@@ -13,6 +13,7 @@ from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
 Out = Annotated[Path, typer.Option(help="Folder for run folders.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 
 
 def console_for(as_json: bool) -> Console:

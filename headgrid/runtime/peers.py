@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from headgrid.layout.batching import MicroBatch
+from headgrid.layout.layout import Layout
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import Core, Slices
 from headgrid.runtime.hidden import Hidden
+from headgrid.runtime.kernels import power_of_two
 from headgrid.runtime.layer import Layer, Norm
 from headgrid.runtime.quantised import Input, Weight, linear_into
 from headgrid.runtime.stage import Stage, StageCall
@@ -69,7 +71,7 @@ class Sums:
         axis, mine = self.window.axis, self.rooms[room, : len(x)]
         issued = axis.issue("all_reduce", 2 * (axis.size - 1) * mine.numel() * mine.element_size() // axis.size)
         (count, width), (weight, shift) = x.shape, norm or (x, None)
-        out, block = torch.empty_like(mine), 1 << (width - 1).bit_length()
+        out, block = torch.empty_like(mine), power_of_two(width)
         _kernels().sum_add_norm[(min(count, self.window.blocks),)](
             *self.window.pointers, mine.storage_offset(), x, weight, weight if shift is None else shift, out,
             count, width, self.model.norm_eps,
@@ -128,7 +130,7 @@ class Shuffle:
 
     def _constants(self, width: int) -> dict[str, int]:
         """What the kernels are compiled for, for slices of this width."""
-        block = 1 << (width - 1).bit_length()
+        block = power_of_two(width)
         return {
             "RANK": self.window.axis.index,
             "SIZE": self.window.axis.size,
@@ -194,18 +196,25 @@ class DirectStage(Stage):
 def direct_stage(stage: Stage, plan: tuple[MicroBatch, ...]) -> DirectStage | None:
     """The stage with which this one's decode goes directly through peers' memory; None where it cannot.
 
-    All ranks of the stage decide alike: it takes GPUs of one host that reach each other's memory, plain sums (no biases
-    or norms behind them), replicated hidden states, and steps of up to `LARGEST_BYTES`.
+    All ranks of the stage decide alike: it takes what `suits`, on GPUs of one host that reach each other's memory.
     """
-    model, layout = stage.model, stage.layout
-    plain = model.norm_placement == "pre" and not {"o", "mlp"} & set(model.linear_bias)
-    plain = plain and (layout.residual, layout.output) == ("replicated", "reduce")
-    step_bytes = max((mb.size for mb in plan), default=0) * model.hidden_size * stage.dtype.itemsize
-    small = 0 < step_bytes <= LARGEST_BYTES and model.hidden_size <= 1 << 14
-    gpus = stage.device.type == "cuda" and stage.dtype != torch.float64  # the kernels compute in fp32
-    if not (plain and small and gpus and layout.tp > 1 and reachable(stage.mesh.tp)):
+    most = max((mb.size for mb in plan), default=0)
+    fits = suits(stage.model, stage.layout, most, stage.dtype)
+    if not (fits and stage.device.type == "cuda" and reachable(stage.mesh.tp)):
         return None
     return DirectStage(stage, plan)
+
+
+def suits(model: ModelSpec, layout: Layout, sequences: int, dtype: torch.dtype) -> bool:
+    """Whether decode steps of at most so many sequences can go through peers' memory.
+
+    It takes plain sums (no biases or norms behind them) of replicated hidden states, steps of up to `LARGEST_BYTES`, a
+    power of two of ranks (the kernels index them as a block of Triton's), and no fp64: the kernels compute in fp32.
+    """
+    plain = model.norm_placement == "pre" and not {"o", "mlp"} & set(model.linear_bias)
+    plain = plain and (layout.residual, layout.output) == ("replicated", "reduce")
+    small = 0 < sequences * model.hidden_size * dtype.itemsize <= LARGEST_BYTES and model.hidden_size <= 1 << 14
+    return plain and small and dtype != torch.float64 and power_of_two(layout.tp) == layout.tp > 1
 
 
 def reachable(axis: Axis) -> bool:

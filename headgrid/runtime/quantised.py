@@ -24,7 +24,6 @@ DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 LEAST_CAPABILITY = (8, 9)
 """CUDA compute capability from which on GPUs multiply FP8: Ada, Hopper."""
-_TINY = torch.finfo(torch.float32).tiny  # so that a row of zeros, or nearly, has a scale that one can divide by
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _scales(largest: Tensor) -> Tensor:
-    return largest.div_(LARGEST).clamp_(min=_TINY)
+    return largest.div_(LARGEST).clamp_(min=fused.TINY)
 
 
 def _rounded(x: Tensor, scales: Tensor) -> Tensor:

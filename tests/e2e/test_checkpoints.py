@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_llama
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from headgrid.models.model import load
 from headgrid.runtime.sampling import Sampling
@@ -19,19 +20,9 @@ PROMPTS = ([1, 2, 3, 40, 50, 6, 7], [4, 5])
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Path]:
-    """A Llama of 6 heads and 2 KV heads whose attention is far from uniform, and a tokenizer of words."""
+    """A tiny Llama, and a tokenizer of words."""
     folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=128, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(0, (3.0 if "q_proj" in name or "k_proj" in name else 1.0) / weight.shape[1] ** 0.5)
-    model.save_pretrained(folder)
+    model = tiny_llama.write(folder, vocab_size=300)
     words = Tokenizer(models.WordLevel({f"w{k}": k for k in range(300)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(folder / "tokenizer.json"))

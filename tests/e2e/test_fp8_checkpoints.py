@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_llama
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import headgrid
 from headgrid.errors import InvalidInput
@@ -19,19 +20,8 @@ IDS = [[1, 2, 3, 40, 50, 6, 7], [4, 5, 90, 3, 3, 2, 11]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose attention is far from uniform."""
     found = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=150, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=128, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(0, (3.0 if "q_proj" in name or "k_proj" in name else 1.0) / weight.shape[1] ** 0.5)
-    model.save_pretrained(found)
+    tiny_llama.write(found, vocab_size=150)
     return found
 
 

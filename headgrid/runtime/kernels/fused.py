@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headgrid.runtime.kernels import power_of_two
 from headgrid.spec.model import ModelSpec
 
 _WIDEST = 1 << 15
 TINY = torch.finfo(torch.float32).tiny
-"""The scale of a row of zeros: one can divide by it."""
+"""The least scale of a row in FP8, of zeros or nearly: one can divide by it."""
 
 
 def _kernels() -> Any:
@@ -61,7 +62,7 @@ def _normed(
 ) -> Tensor:
     (count, width), (weight, shift) = x.shape, norm
     if count:
-        block = _power(width)
+        block = power_of_two(width)
         _kernels().add_norm[(count,)](
             x, x if y is None else y, weight, weight if shift is None else shift, out, x if scales is None else scales,
             width, model.norm_eps, TINY, ADD=y is not None, RMS=model.norm == "rms", SHIFT=shift is not None,
@@ -79,7 +80,7 @@ def quantise(x: Tensor, kind: str = "none", *, gated: bool = False) -> tuple[Ten
     values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block = _power(width)
+        block = power_of_two(width)
         _kernels().quantise[(rows,)](
             x, values, scales, width, x.stride(0), TINY, KIND=kind, GATED=gated, BLOCK=block, num_warps=_warps(block)
         )
@@ -100,8 +101,9 @@ def store(
     _kernels().store[(b * s,)](
         k, v, *cache, starts, s, cache[0].shape[1], first, stride,
         *(x.stride(dim) for x in (k, v, *cache) for dim in (0, 1)),
-        K_WIDTH=kv_heads * d, V_WIDTH=kv_heads * u, K_BLOCK=_power(kv_heads * d), V_BLOCK=_power(kv_heads * u),
-        num_warps=_warps(_power(kv_heads * max(d, u))),
+        K_WIDTH=kv_heads * d, K_BLOCK=power_of_two(kv_heads * d),
+        V_WIDTH=kv_heads * u, V_BLOCK=power_of_two(kv_heads * u),
+        num_warps=_warps(power_of_two(kv_heads * max(d, u))),
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> None:
     (b, s, heads, _), pairs = x.shape, cos.shape[-1]
     if not x.numel() or not pairs:
         return
-    block = _power(pairs)
+    block = power_of_two(pairs)
     _kernels().rotate[(b * s,)](
         x, cos, sin, starts, s, heads, x.stride(0), x.stride(1), x.stride(2),
         PAIRS=pairs, PAIR_BLOCK=block, HEAD_BLOCK=max(1, 2048 // block), num_warps=4,
@@ -123,13 +125,9 @@ def gate(x: Tensor, kind: str) -> Tensor:
     """activation(gate) x up of x [T, 2 u], the gate's u columns first: a view [T, u] of these, overwritten."""
     rows, units = x.shape[0], x.shape[1] // 2
     if rows:
-        block = min(2048, _power(units))
+        block = min(2048, power_of_two(units))
         _kernels().gate[(rows, -(-units // block))](x, units, KIND=kind, BLOCK=block, num_warps=4)
     return x[:, :units]
-
-
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def _warps(block: int) -> int:

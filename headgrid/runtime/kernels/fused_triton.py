@@ -27,6 +27,20 @@ def activated(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def normed(x, weight_ptr, shift_ptr, cols, inside, width, eps, RMS: tl.constexpr, SHIFT: tl.constexpr,
+           UNIT: tl.constexpr):  # fmt: skip
+    """The norm of a row x in fp32 (0 outside): layer norm, or by the root mean square."""
+    if not RMS:
+        x = tl.where(inside, x - tl.sum(x) / width, 0.0)
+    x = x / tl.sqrt(tl.sum(x * x) / width + eps)
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    x = x * (1.0 + weight if UNIT else weight)
+    if SHIFT:
+        x += tl.load(shift_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def add_norm(
     x_ptr, y_ptr, weight_ptr, shift_ptr, out_ptr, scale_ptr, width, eps, tiny,
     ADD: tl.constexpr, RMS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, FP8: tl.constexpr,
@@ -41,14 +55,7 @@ def add_norm(
         y = tl.load(y_ptr + at + cols, mask=inside, other=0.0)
         x = (x.to(tl.float32) + y.to(tl.float32)).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at + cols, x, mask=inside)
-    x = x.to(tl.float32)
-    if not RMS:
-        x = tl.where(inside, x - tl.sum(x) / width, 0.0)
-    x = x / tl.sqrt(tl.sum(x * x) / width + eps)
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    x = x * (1.0 + weight if UNIT else weight)
-    if SHIFT:
-        x += tl.load(shift_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    x = normed(x.to(tl.float32), weight_ptr, shift_ptr, cols, inside, width, eps, RMS, SHIFT, UNIT)
     if FP8:
         x = tl.where(inside, x.to(weight_ptr.dtype.element_ty).to(tl.float32), 0.0)  # as a norm of its own rounds
         x, scale = in_fp8(x, tiny)

@@ -9,6 +9,8 @@ symmetric memory.
 import triton
 import triton.language as tl
 
+from headgrid.runtime.kernels.fused_triton import normed
+
 
 @triton.jit
 def meet(signals, RANK: tl.constexpr, SIZE: tl.constexpr):
@@ -65,27 +67,20 @@ def sum_add_norm(
         kept = x.to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at, kept, mask=inside)
         if NORM:
-            x = kept.to(tl.float32)
-            if not RMS:
-                x = tl.where(inside, x - tl.sum(x) / width, 0.0)
-            x = x / tl.sqrt(tl.sum(x * x) / width + eps)
-            weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            x = x * (1.0 + weight if UNIT else weight)
-            if SHIFT:
-                x += tl.load(shift_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            x = normed(kept.to(tl.float32), weight_ptr, shift_ptr, cols, inside, width, eps, RMS, SHIFT, UNIT)
             tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def heads_in(source, target, heads, D: tl.constexpr, W: tl.constexpr, SLICE: tl.constexpr, W_BLOCK: tl.constexpr,
-             HEADS: tl.constexpr):  # fmt: skip
-    """One slice's channels of some heads [heads, W] into their columns of whole heads [heads, D]."""
+def copy_heads(source, target, heads, FROM: tl.constexpr, TO: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+               HEADS: tl.constexpr):  # fmt: skip
+    """W channels of each head, from heads that lie FROM elements apart to such that lie TO apart."""
     cols = tl.arange(0, W_BLOCK)
     for start in range(0, heads, HEADS):
         rows = start + tl.arange(0, HEADS)
         inside = (rows[:, None] < heads) & (cols[None, :] < W)
-        x = tl.load(source + rows[:, None] * W + cols[None, :], mask=inside)
-        tl.store(target + rows[:, None] * D + SLICE * W + cols[None, :], x, mask=inside)
+        x = tl.load(source + rows[:, None] * FROM + cols[None, :], mask=inside)
+        tl.store(target + rows[:, None] * TO + cols[None, :], x, mask=inside)
 
 
 @triton.jit
@@ -107,9 +102,10 @@ def to_rows(
         for rank in tl.static_range(SIZE):
             base = tl.load(pointers + rank).to(tl.pointer_type(q_ptr.dtype.element_ty))
             source = base + (first_row + sequence) * width
-            heads_in(source, q_ptr + sequence * heads * D, heads, D, W, rank, W_BLOCK, HEADS)
-            heads_in(source + heads * W, key, kv_heads, D, W, rank, W_BLOCK, HEADS)
-            heads_in(source + (heads + kv_heads) * W, value, kv_heads, D, W, rank, W_BLOCK, HEADS)
+            own = rank * W  # this slice's columns of a whole head
+            copy_heads(source, q_ptr + sequence * heads * D + own, heads, W, D, W, W_BLOCK, HEADS)
+            copy_heads(source + heads * W, key + own, kv_heads, W, D, W, W_BLOCK, HEADS)
+            copy_heads(source + (heads + kv_heads) * W, value + own, kv_heads, W, D, W, W_BLOCK, HEADS)
 
 
 @triton.jit
@@ -124,9 +120,4 @@ def to_channels(
     owner, place = tl.load(owner_ptr + row), tl.load(place_ptr + row)
     base = tl.load(buffers.to(tl.pointer_type(tl.uint64)) + owner).to(tl.pointer_type(out_ptr.dtype.element_ty))
     source = base + offset + place * heads * D + RANK * W
-    cols = tl.arange(0, W_BLOCK)
-    for start in range(0, heads, HEADS):
-        rows = start + tl.arange(0, HEADS)
-        inside = (rows[:, None] < heads) & (cols[None, :] < W)
-        x = tl.load(source + rows[:, None] * D + cols[None, :], mask=inside)
-        tl.store(out_ptr + (row * heads + rows[:, None]) * W + cols[None, :], x, mask=inside)
+    copy_heads(source, out_ptr + row * heads * W, heads, D, W, W, W_BLOCK, HEADS)

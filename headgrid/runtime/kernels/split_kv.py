@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headgrid.runtime.kernels import power_of_two
+
 LEAST_KEYS = 64  # of a split; fewer take longer to merge than to read
 
 
@@ -129,7 +131,7 @@ def _launch(
     )  # fmt: skip
     if several:
         columns = min(_padded(u), how.columns)
-        chunk = min(_ceil_power(how.splits), 8192 // columns)
+        chunk = min(power_of_two(how.splits), 8192 // columns)
         kernels.merge[(b * heads, -(-u // columns))](
             *tensors, *division, U=u, COLUMNS=columns, CHUNK=chunk, EARLY=early,
             num_warps=min(4, max(1, chunk * columns // 1024)), **_early(early),
@@ -158,8 +160,4 @@ def _chip(device: torch.device) -> _Chip:
 
 def _padded(size: int) -> int:
     """The least extent of a tensor core's tile that holds `size`: a power of two, 16 or more."""
-    return max(16, _ceil_power(size))
-
-
-def _ceil_power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+    return max(16, power_of_two(size))

@@ -1,0 +1,33 @@
+"""Which decode steps may go through peers' memory (that they are right there, tests/gpu shows)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headgrid.layout.layout import parse_layout
+from headgrid.runtime.peers import LARGEST_BYTES, suits
+from headgrid.spec.model import find_model
+
+SEED = find_model("seed")
+MOST = LARGEST_BYTES // (2 * SEED.hidden_size)
+
+
+@pytest.mark.parametrize(
+    "text", ["tp2", "tp4", "n2m2:batch", "n1m4:sequence", "tp2pp2", "tp2:fp32", "n1m2:batch+gathered"]
+)
+def test_plain_sums_over_a_power_of_two_of_ranks(text: str) -> None:
+    assert suits(SEED, parse_layout(text), MOST, torch.float16)
+    assert not suits(SEED, parse_layout(text), MOST + 1, torch.float16)
+    assert not suits(SEED, parse_layout(text), 0, torch.float16)
+    assert not suits(SEED, parse_layout(text), 1, torch.float64)
+    for other in ({"linear_bias": ("o",)}, {"linear_bias": ("mlp",)}, {"norm_placement": "post"}):
+        assert not suits(replace(SEED, **other), parse_layout(text), 1, torch.float16)
+    assert suits(replace(SEED, linear_bias=("qkv",)), parse_layout(text), 1, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "text", ["tp1", "dp4", "pp2", "n1m3:batch", "n2m3:batch", "n1m7:sequence", "tp4:sharded", "tp4:concat"]
+)
+def test_what_goes_through_collectives(text: str) -> None:
+    assert not suits(SEED, parse_layout(text), 1, torch.float16)

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ STEPS, RUNS = 16, 5
 
 def work(rank: int, ranks: int, task: dict[str, Any]) -> None:
     pool, device = GroupPool(rank), torch.device("cuda", torch.cuda.current_device())
-    model, workload = find_model(task["model"]), Workload(**task["workload"])
+    workload = Workload(**task["workload"])
+    model = replace(find_model(task["model"]), max_positions=workload.seq + workload.decode_steps)
     for text in task["layouts"]:
         layout = parse_layout(text)
         mesh = Mesh(layout, pool)

@@ -72,6 +72,15 @@ def test_decode_through_peers(text: str, direct: dict[str, list[dict[str, Any]]]
             assert (relative_error(fault, truth) > 0.1) == (text != "pp2")
 
 
+@pytest.mark.timeout(120)
+def test_a_first_decode_call_of_several_steps(tmp_path: Path) -> None:
+    """Kernels are loaded at their first use, which a stage that already waits for the next message would never end."""
+    run(Job("rank_work:run_cold", {"folder": str(tmp_path)}, 2, "nccl"), log_to=tmp_path / "logs")
+    together, single = torch.load(tmp_path / "1.pt")  # only the last stage knows the tokens
+    assert together.shape == (3, 1)
+    assert torch.equal(together, single)
+
+
 def _leaves(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     shards = parameters(MODEL, Layout(), 0)
     return {n: draw(MODEL, 0, n, s, dtype=torch.float32).to(dtype).requires_grad_() for n, s in shards.items()}

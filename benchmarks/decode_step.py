@@ -3,7 +3,8 @@
     python benchmarks/decode_step.py OUT --ranks 2 --model seed-kv1 --batch 128 --context 10000 --layouts tp2 n1m2:batch
 
 The cache is random: nothing is prefilled or verified (tests/gpu does that), only timed, after warm-up, from CUDA
-graphs: the median of five runs of 16 steps. One JSON object a line goes to OUT/decode_step.jsonl.
+graphs: the median of five runs of 16 steps. One JSON object a line goes to OUT/decode_step.jsonl. A pipeline of several
+micro-batches needs a prefill to set up its channels: `headgrid compare` times those, this script one sequence.
 """
 
 import argparse

@@ -65,8 +65,9 @@ def _on_this_host(console: Console, plan: "Plan") -> "Calibration":
 
 def _print(console: Console, found: "Calibration") -> None:
     kernels = [("product", kernel) for kernel in found.products] + [("attention", kernel) for kernel in found.attention]
+    unit = (1e12, "TFLOP/s") if found.device == "cuda" else (1e9, "GFLOP/s")
     rows = [
-        _row(f"{name}, {kernel.dtype}, {' x '.join(map(str, kernel.shape))}", kernel.flop_per_s, 1e12, "TFLOP/s")
+        _row(f"{name}, {kernel.dtype}, {' x '.join(map(str, kernel.shape))}", kernel.flop_per_s, *unit)
         for name, kernel in kernels
     ]
     rows.append(_row("memory, copied (read + written)", found.copy_bytes_per_s, 1e9, "GB/s"))

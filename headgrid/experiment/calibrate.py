@@ -80,11 +80,14 @@ def _default_out() -> Path:
 
 def _writable(path: Path) -> Path:
     """The path, if a file can be made there. Nothing is overwritten: runs name calibrations by their content."""
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.exists() or not above.is_dir() or not os.access(above, os.W_OK):
-        why = "it exists" if path.exists() else f"{above} is no folder that can be written"
-        raise InvalidInput(f"cannot write {path}", why=why, legal=("another --out FILE",))
-    return path
+    try:
+        if path.exists():
+            raise FileExistsError("it exists")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}", why=str(error), legal=("another --out FILE",)) from error
 
 
 def _notes(device: Device, ranks: int) -> list[str]:
@@ -130,7 +133,6 @@ def _written(plan: Plan, folder: Path) -> Calibration:
     own = {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "headgrid_version": __version__}
     own |= {"device": plan.device, "ranks": plan.ranks, "seconds": plan.seconds, "environment": machine}
     made = calibration_of({**own, **found, "device_name": name})
-    plan.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(plan.out, made.to_dict())
     return made
 

@@ -106,6 +106,14 @@ def summarise_ceilings(
     }
 
 
+def unsettled(found: Mapping[str, Any] | None) -> list[str]:
+    """A warning about measured ceilings that still drifted when they were measured, if there are any."""
+    names = found["calibration"]["unsettled"] if found and found["calibration"] else []
+    if not names:
+        return []
+    return [f"Ceilings had not settled when they were measured ({', '.join(names)}): shares of them may be off."]
+
+
 def _identity(found: Calibration, sha256: str) -> dict[str, Any]:
     unsettled = [f"products of {kernel.dtype}" for kernel in found.products if not kernel.flop_per_s.settled]
     unsettled += [f"attention of {kernel.dtype}" for kernel in found.attention if not kernel.flop_per_s.settled]

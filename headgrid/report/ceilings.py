@@ -37,8 +37,9 @@ def _cell(row: Mapping[str, Any] | None) -> Cell:
         cached = row is not None and row["why"] is not None
         return Cell(FITS_CACHE if cached else fmt.NOT_MEASURED, "number unknown")
     share = row["share"]
-    interval = f" [{share['ci95'][0]:.3f}, {share['ci95'][1]:.3f}]" if share["ci95"] else ""
-    return Cell(f"{share['mean']:.3f}{interval}", "number")
+    digits = 3 if share["mean"] >= 0.1 else fmt.decimals_for(share["mean"], 2)
+    interval = " [{}, {}]".format(*(fmt.fixed(edge, digits) for edge in share["ci95"])) if share["ci95"] else ""
+    return Cell(f"{fmt.fixed(share['mean'], digits)}{interval}", "number")
 
 
 def _note(found: Mapping[str, Any]) -> str:

@@ -129,18 +129,23 @@ def _attention(dtype: str, device: torch.device) -> Rate:
 def buffer_bytes(device: torch.device, ranks: int) -> int:
     """Of what is copied and read."""
     least, cache = BUFFER_BYTES[device.type], cache_bytes(device) or 0
-    return least if device.type == "cuda" else min(LARGEST_BUFFER_BYTES, max(least, 4 * cache // ranks))
+    wanted = least if device.type == "cuda" else min(LARGEST_BUFFER_BYTES, max(least, 4 * cache // ranks))
+    return wanted >> 20 << 20
 
 
 def _copy(size: int, device: torch.device) -> Callable[[], object]:
-    source = torch.randn(size // 4, device=device)
+    source = _buffer(size, device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def _read(size: int, device: torch.device) -> Callable[[], object]:
-    source = torch.randn(size // 4, device=device)
-    return source.sum
+    return _buffer(size, device).sum
+
+
+def _buffer(size: int, device: torch.device) -> Tensor:
+    """fp32; random numbers, of which a MiB is enough."""
+    return torch.randn(1 << 18, device=device).repeat(size >> 20)
 
 
 def cache_bytes(device: torch.device) -> int | None:

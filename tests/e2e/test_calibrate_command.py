@@ -80,7 +80,7 @@ def refused(args: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
         (("--seconds", "0"), "0 seconds for each rate"),
         (("--seconds", "nan"), "nan seconds"),
         (("--seconds", "3600"), "3600 seconds"),
-        (("--ranks", "0"), "not in the range"),
+        (("--ranks", "0"), "Invalid value for '--ranks'"),
         (("--ranks", "900"), "free for each of 900 ranks"),
         (("--out", "."), "it exists"),
         (("--out", "/proc/nowhere/file.json"), "cannot write"),

@@ -76,7 +76,7 @@ def _print(console: Console, found: "Calibration") -> None:
     if found.graph_launch_s is not None:
         rows.append(_row("the same in a CUDA graph", found.graph_launch_s, 1e-6, "us"))
     rows.append(_row("host, empty loop", found.spin_per_s, 1e6, "M turns/s"))
-    columns = ("of each device", "median", "unit", "lowest to highest", "n", "settled", "MHz")
+    columns = ("of each device", "median", "unit", "lowest to highest", "best", "n", "settled", "MHz")
     print_table(console, f"{found.ranks} x {found.device_name}, all at the same time", columns, rows)
     if found.collectives:
         columns = ("collective", "ranks", "alpha, us [95 %]", "beta, GB/s [95 %]", "error rms / worst", "best GB/s")
@@ -85,9 +85,11 @@ def _print(console: Console, found: "Calibration") -> None:
 
 
 def _row(name: str, figure: "Measured", unit: float, called: str) -> tuple[str, ...]:
-    median, low, high = (f"{value / unit:,.4g}" for value in (figure.median, figure.low, figure.high))
+    median, low, high, best = (
+        f"{value / unit:,.4g}" for value in (figure.median, figure.low, figure.high, figure.best)
+    )
     clock = f"{min(figure.sm_clock_mhz):.0f}" if figure.sm_clock_mhz else ""
-    return name, median, called, f"{low} to {high}", str(figure.n), "yes" if figure.settled else "NO", clock
+    return name, median, called, f"{low} to {high}", best, str(figure.n), "yes" if figure.settled else "NO", clock
 
 
 def _line(cost: "Cost") -> tuple[str, ...]:

@@ -40,7 +40,6 @@ def test_a_calibration_of_two_ranks_and_a_run_measured_against_it(tmp_path: Path
         assert sizes == [1024 * 4**power for power in range(7)]  # what a rank sends, as the runtime counted it
         assert all(point.low_s <= point.median_s <= point.high_s and point.n >= 5 for point in cost.points)
         assert cost.time_s(0) >= 0 and math.isfinite(cost.worst_relative_error)
-        assert cost.points[-1].median_s > cost.points[0].median_s
 
     summary = headgrid("compare", *TINY, *ARMS, "--calibration", "here.json", cwd=tmp_path)
     rows = {(row["label"], row["kind"]): row for row in summary["ceilings"]["shares"]}

@@ -60,7 +60,7 @@ def _same(one: Any, other: Any) -> bool:
     return all(abs(a - b) <= SAME * max(abs(a), abs(b), 1e-6) for a, b in pairs)
 
 
-def measured(run: Run) -> Outcome:
+def measured_ceilings(run: Run) -> Outcome:
     """No verified arm is faster than the calibration's best window and TOLERATED allow, in prefill or in decode.
 
     Ceilings that had not settled bound nothing: they say so in a note.

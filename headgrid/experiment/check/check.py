@@ -110,7 +110,7 @@ RUN_GATES: dict[str, Callable[[Run], Outcome]] = {
         predictions.traffic,
         run_physics,
         ceilings.calibration,
-        ceilings.measured,
+        ceilings.measured_ceilings,
     )
 }
 """In the order in which they report."""

@@ -6,9 +6,13 @@ from typing import Any
 import calibrated
 import pytest
 
+from headgrid.errors import InvalidInput
 from headgrid.experiment.ceilings import measured_ceilings, summarise_ceilings, unsettled
+from headgrid.experiment.design import Protocol, declare, from_dict
 from headgrid.experiment.telemetry import Session, Telemetry
+from headgrid.experiment.text import Text
 from headgrid.report import ceilings as report
+from headgrid.report import conditions
 from headgrid.spec.model import find_model
 from headgrid.spec.workload import Workload
 
@@ -127,6 +131,36 @@ def test_the_table_names_what_its_shares_are_of() -> None:
     assert report.table({"arms": arms}) is None and report.table({"arms": arms, "ceilings": None}) is None
     without = report.table({"arms": arms, "ceilings": summarise_ceilings(design(), launched(), arms)})
     assert without is not None and "no measured ceiling" in without.note and len(without.head) == 3
+
+
+def test_the_page_says_which_of_telemetrys_ceilings_were_measured() -> None:
+    row = {"label": "DRAM bandwidth in use", "unit": "%", "mean": 80.0, "sd": 1.0, "max": 82.0, "n": 9, "derived": None}
+    row |= {"counter": "dram_bandwidth_percent", "ceiling": 90.0, "share_of_ceiling": 80 / 90}
+    texts = []
+    for measured in (True, False):
+        phases = {"prefill": [], "decode": [row | {"ceiling_measured": measured}]}
+        found = {"arms": [{"label": "tp4", "phases": phases}], "missing": [], "hz": 10}
+        (cells,) = conditions.telemetry({"telemetry": found}, "decode").rows
+        texts.append([cell.text for cell in cells])
+    assert "(of measured 90.0%)" in texts[0][0] and "89" in texts[0][1]
+    assert "(of" not in texts[1][0] and "89" not in texts[1][1]  # of the data sheet's peak, as the counter itself says
+
+
+def test_a_design_keeps_its_calibration_and_has_another_hash_with_it() -> None:
+    work = Workload(batch=4, seq=16, decode_steps=2)
+    plans = [
+        declare(
+            model=find_model("tiny"), workload=work, arms=("tp4", "n2m2:batch"), ranks=4, device="cpu",
+            text=Text("some", "0" * 64), protocol=Protocol(), calibration=calibration,
+        )
+        for calibration in (None, calibrated.cpu(4), calibrated.cpu(4, seconds=2.0))
+    ]  # fmt: skip
+    flat = [plan.to_dict() for plan in plans]
+    assert len({each["hash"] for each in flat}) == 3 and "calibration" not in flat[0]
+    assert [from_dict(each).calibration for each in flat] == [plan.calibration for plan in plans]
+    flat[1]["calibration"]["copy_bytes_per_s"]["median"] *= 0.5
+    with pytest.raises(InvalidInput, match="hash"):
+        from_dict(flat[1])
 
 
 def test_telemetrys_ceilings_are_the_calibrations_where_it_has_them() -> None:

@@ -49,6 +49,9 @@ def compare(
     protocol: Annotated[str, typer.Option(help="`default`, or `seed` for 100 + 1000 iterations.")] = "default",
     text: Text = OWN_TEXT,
     device: Device = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of `headgrid calibrate`: figures as shares of what was measured there.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
     telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),
@@ -67,11 +70,14 @@ def compare(
 
         headgrid compare --model my-llama --ranks 4 --arms tp4,n2m2:batch
 
+        headgrid compare --calibration runs/calibration-20261122-125500.json
+
         headgrid compare --resume runs/20261122-130000-compare-seed-small
     """
     from headgrid.experiment.plan import Wishes
 
     wishes = Wishes(
+        calibration=calibration,
         model=model,
         arms=_names(arms),
         ranks=ranks,
@@ -165,6 +171,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     ]
     columns = ("arm", "verified", "rel. error", "prefill tok/s [95 %]", "TPOT ms [95 %]", "MiB per rank")
     print_table(console, f"{summary['device']}: arms", columns, rows)
+    _print_shares(console, summary)
     baseline = next(arm["label"] for arm in summary["arms"] if arm["role"] == "baseline")
     pairs = [
         (called[row["a"]], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
@@ -175,6 +182,13 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     print_table(console, f"against {baseline}", columns, pairs)
     for warning in summary["warnings"]:
         console.print(f"- {escape(warning)}", style="yellow")
+
+
+def _print_shares(console: Console, summary: dict[str, Any]) -> None:
+    from headgrid.report import ceilings
+
+    if found := ceilings.table(summary):
+        print_table(console, found.title, found.head, [[cell.text for cell in row] for row in found.rows])
 
 
 def _ratio(row: dict[str, Any]) -> str:

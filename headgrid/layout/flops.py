@@ -143,3 +143,11 @@ def model_flops(model: ModelSpec, workload: Workload) -> int:
     full, seq = prefill_flops(model, single, whole, 0), workload.seq
     masked_twice = sum(_masked_pairs_twice(model, seq, model.window(layer)) for layer in range(model.num_layers))
     return full - _attention(model, single, 0, workload.batch * masked_twice) // 2
+
+
+def model_attention_flops(model: ModelSpec, workload: Workload) -> int:
+    """Of `model_flops`, what scores and their products with V need; the rest are products with weights."""
+    seq = workload.seq
+    masked_twice = sum(_masked_pairs_twice(model, seq, model.window(layer)) for layer in range(model.num_layers))
+    pairs_twice = 2 * model.num_layers * seq * seq - masked_twice
+    return _attention(model, Layout(), 0, workload.batch * pairs_twice) // 2

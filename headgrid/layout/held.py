@@ -263,5 +263,5 @@ def attention_shape(shape: Shape) -> Shape:
     """The call in the attention half of a layer: as it is, or with `dp-attention` this rank's sequences, alone."""
     if shape.layout.attention == "cut":
         return shape
-    alone = Layout(residual_dtype=shape.layout.residual_dtype)
+    alone = Layout(residual_dtype=shape.layout.residual_dtype, linears=shape.layout.linears)
     return replace(shape, layout=alone, tp_index=0, rows=shape.attended)

@@ -139,13 +139,13 @@ class Layout:
                 legal=(str(Layout(pp=self.pp, dp=self.dp)), "tp4:dp-attention"),
             )
         sizes = {"num_head_groups": self.tp, "num_dim_slices": 1, "exchange": "none", "output": "reduce"}
-        kinds = {"weights": "stationary", "residual": "sharded", "linears": "model"}
-        nearest = replace(self, attention="cut", **sizes, **kinds)  # type: ignore[arg-type]
-        if replace(self, attention="cut") != nearest:
+        cut = replace(self, attention="cut", residual="replicated")
+        nearest = replace(cut, **sizes, weights="stationary")  # type: ignore[arg-type]
+        if self.residual != "sharded" or cut != nearest:
             raise InvalidLayout(
-                "dp-attention does not go with slices, gathered weights, concat, fp8 or a replicated residual",
-                why="each rank has whole heads of its own sequences, and their hidden states; FP8 is not made for it",
-                legal=(str(replace(nearest, attention="dp-attention")), str(replace(self, attention="cut"))),
+                "dp-attention does not go with slices, gathered weights, concat or a replicated residual",
+                why="each rank has whole heads of its own sequences, and holds the hidden states of these alone",
+                legal=(str(replace(nearest, residual="sharded", attention="dp-attention")), str(cut)),
             )
 
     @property

@@ -74,7 +74,7 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
             f"{layout}: {shares} ranks attend to {workload.batch} sequences",
             numbers=f"dp {layout.dp} x tp {layout.tp} = {shares}",
             why="data-parallel attention divides the batch: a rank without a sequence would only wait",
-            legal=(f"--batch {shares}", str(replace(layout, attention="cut"))),
+            legal=(f"--batch {shares}",),
         )
     if layout.communication == "overlapped" and workload.batch <= shares:
         raise InvalidLayout(
@@ -112,12 +112,6 @@ def check_training(model: ModelSpec, layout: Layout, workload: Workload, ranks: 
             f"{layout}: training does not overlap communication",
             why="calls take turns in prefill only; backward runs each collective's counterpart by itself",
             legal=(str(replace(layout, communication="exposed")),),
-        )
-    if layout.attention == "dp-attention":
-        raise InvalidLayout(
-            f"{layout}: there are no gradients of data-parallel attention",
-            why="it is a baseline of serving: gradients of the attention weights that every rank has are not summed",
-            legal=(str(replace(layout, attention="cut")),),
         )
     if layout.linears != "model":
         raise InvalidLayout(

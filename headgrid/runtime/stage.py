@@ -117,7 +117,6 @@ class Stage:
         self.embedding_scale = torch.tensor(model.embedding_scale, dtype=self.dtype).item()
         self.rotations = self.tables([own.qk_channels])
         self.watch: LayerWatch | None = None
-        self.rounds = layout.linears == "fp8" and layout.residual == "replicated"
         plain = model.norm_placement == "pre" and self.residual_dtype == self.dtype
         self._adds_products = plain and self.device.type == "cuda"
 
@@ -206,17 +205,18 @@ class Stage:
         """What a half of a layer gets: all tokens [T, D] in the model's dtype, normed unless norms follow the sums; for
         FP8 linears already rounded where a GPU can do that on the way.
         """
+        residual = self._residual(call)
         if self.model.norm_placement == "post":
-            return self._residual(call).enter(hidden.x.to(self.dtype), call.tokens)
+            return residual.enter(hidden.x.to(self.dtype), call.tokens)
         if fused.fits(hidden.x):
             more, hidden.more = hidden.more, None
-            if self.rounds:
+            if self.layout.linears == "fp8" and isinstance(residual, Replicated):
                 return Rounded(*fused.add_norm_fp8(hidden.x, more, norm, self.model), self.dtype)
             normed = fused.add_norm(hidden.x, more, norm, self.model, self.dtype)
             del more
         else:
             normed = self._norm(self.settled(hidden), norm).to(self.dtype)
-        return self._residual(call).enter(normed, call.tokens)
+        return residual.enter(normed, call.tokens)
 
     def embed(self, tokens: Tensor, table: Tensor, own: Span, queries: Queries) -> Tensor:
         """Token ids [b, s] to this rank's [T_r, D]; `table` [len(own), D] holds the ids `own`, others give zeros, and

@@ -33,7 +33,7 @@ Attention = Literal["cut", "dp-attention"]
 """Whether the ranks that share a layer cut its heads among them, or hold all of its attention weights each and cut the
 batch: attention is then data parallel, and the MLP and the vocabulary are still cut among the same ranks. Hidden states
 live where their sequences are attended to; they are gathered for the MLP, whose sum is scattered back. It is a
-baseline, of what SGLang calls data-parallel attention.
+baseline, of what SGLang calls data-parallel attention (which also stores the embedding on every rank).
 """
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 

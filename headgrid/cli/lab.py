@@ -211,6 +211,9 @@ def layouts(
 ) -> None:
     """List the legal layouts of a model on a number of devices, with the memory each needs on its fullest rank.
 
+    What a single layout stores more than once is said under it. Data-parallel attention (tp4:dp-attention), a baseline
+    that stores its attention weights on every rank, is not in the list.
+
     Examples:
 
         headgrid layouts --model seed-kv8 --ranks 16
@@ -223,6 +226,7 @@ def layouts(
     from headgrid.layout.layout import parse_layout
     from headgrid.layout.legal import check, is_legal, legal_layouts
     from headgrid.models.pretrained import find_spec
+    from headgrid.report.partition import caption
     from headgrid.spec.workload import Workload
 
     spec, _ = find_spec(model)
@@ -256,6 +260,8 @@ def layouts(
         for name, m in rows
     ]
     print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), gib)
+    if only is not None:
+        console.print(caption(spec, only))
     if as_json:
         keys = (
             "parameters_bytes",

@@ -91,7 +91,7 @@ class Engine:
         self._steps, self._positions = 0, torch.zeros_like(self.tokens)
         plans = {*(call.micro_batch for call in self.prefill_plan), *self.decode_plan}
         self._local = {mb: self._replica_index(mb) for mb in plans}
-        self._hidden = [self._hidden_buffer(len(self.stage.residual.own(mb.size))) for mb in self.decode_plan]
+        self._hidden = [self._hidden_buffer(len(self.stage.residual_of(1).own(mb.size))) for mb in self.decode_plan]
         self.decoder = (direct_stage(self.stage, self.decode_plan) if direct else None) or self.stage
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._sent: list[tuple[dist.Work | None, Tensor]] = []

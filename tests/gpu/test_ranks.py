@@ -33,6 +33,8 @@ LAYOUTS = (
     "tp2:sharded+overlapped",
     "n1m2:batch+overlapped",
     "n1m2:sequence+overlapped",
+    "tp2:dp-attention",
+    "tp2:dp-attention+overlapped",
 )
 TRAINED = tuple(text for text in LAYOUTS if "overlapped" not in text)
 DIRECT = ("tp2", "n1m2:batch", "n1m2:sequence", "n1m2:gather", "n1m2:batch+gathered", "tp2:fp32", "pp2")

@@ -117,7 +117,8 @@ def test_telemetry_runs_beside_and_isolation_is_judged(finished: tuple[dict, Pat
     assert len(set(ranks)) == 4 and set(ranks) <= seen
     covered = windows(records)
     assert len(covered) == 2 * 6 * 2  # phases, arms with the A/A twin, blocks
-    assert all(a.end_s <= b.start_s for a, b in pairwise(covered))
+    late_s = 0.1  # ranks leave a barrier as the host lets them, and each counts from then; windows are rank 0's
+    assert all(a.end_s <= b.start_s + late_s and a.start_s < b.start_s for a, b in pairwise(covered))
     first, last = telemetry.sessions[0].samples[0], telemetry.sessions[0].samples[-1]
     started_s = next(record["started_s"] for record in records if record["kind"] == "launch")
     assert first["time_s"] < started_s < covered[0].start_s and covered[-1].end_s < last["time_s"]
@@ -249,7 +250,7 @@ def test_a_refusal_from_the_shell_is_one_block_and_an_exit_code(tmp_path: Path) 
 
 
 def test_torchrun_joins_the_ranks_it_started(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "headgrid", "compare"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headgrid", "compare"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [*command, *SMALL[2:], "--blocks", "1", "--json"],  # without --ranks: the launcher's number counts

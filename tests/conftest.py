@@ -28,8 +28,13 @@ def budget(request: pytest.FixtureRequest) -> Budget:
 
 
 def pytest_configure() -> None:
-    """Commands that tests interrupt inherit this: a shell that starts the tests behind itself lets them ignore it."""
+    """Commands that tests interrupt inherit this: a shell that starts the tests behind itself lets them ignore it.
+
+    Beside another process of tests, torch's own threads would only be in the way.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)

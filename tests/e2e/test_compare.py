@@ -46,7 +46,7 @@ def wait_for_blocks(folder: Path, count: int, process: subprocess.Popen[str]) ->
     raise AssertionError(f"no {count} blocks appeared: {process.communicate()}")
 
 
-def ended(processes: list[psutil.Process], within_s: float = 8) -> bool:
+def ended(processes: list[psutil.Process], within_s: float = 20) -> bool:
     _, alive = psutil.wait_procs(processes, timeout=within_s)
     return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
@@ -168,7 +168,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path: Path, sent: signal.Signa
     run = wait_for_blocks(tmp_path, 2, process)
     ranks = family(process)
     process.send_signal(sent)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in errors and "Traceback" not in errors
     assert ended(ranks)
@@ -182,8 +182,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     victim = max(ranks, key=lambda p: p.create_time())  # ranks start after the fork server, in order
     victim.kill()
     killed = time.monotonic()
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - killed < 10
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 20
     assert process.returncode == 71
     assert "was killed by signal 9" in errors and "rank" in errors and "Traceback" not in errors
     assert len(errors.strip().splitlines()) <= 12

@@ -26,7 +26,7 @@ from headgrid.spec.workload import Workload
 
 RANKS = 4
 SECONDS_TO_NOTICE = 8.0
-SECONDS_TO_END = 5.0
+SECONDS_TO_END = 15.0
 
 
 def job(target: str, folder: Path, **payload: object) -> Job:

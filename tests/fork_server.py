@@ -7,11 +7,14 @@ second of processor time, transformers as much again. It starts once in a proces
 import multiprocessing
 from multiprocessing import forkserver
 
+import torch
+
 FAMILIES = ("bert", "gemma2", "gemma3", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+RUNTIME = ("torch.distributed", "headgrid.runtime.engine")
+"""What `runtime.launch` loads, whose ranks use GPUs: it leaves CUDA alone."""
 LOADED = (
-    "torch.distributed",
+    *RUNTIME,
     "torch._dynamo",
-    "headgrid.runtime.engine",
     "headgrid.runtime.training",
     "headgrid.models.adapter",
     "headgrid.experiment.observe",
@@ -21,6 +24,8 @@ LOADED = (
 
 
 def ensure_running() -> None:
-    """Start it unless it runs."""
-    multiprocessing.set_forkserver_preload(list(LOADED))
+    """Start it unless it runs. Where there is a GPU transformers is left out: it may look for one while it is loaded,
+    and a process that has done so leaves CUDA unusable to those that it forks.
+    """
+    multiprocessing.set_forkserver_preload(list(RUNTIME if torch.cuda.is_available() else LOADED))
     forkserver.ensure_running()

@@ -27,6 +27,7 @@ from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
 BOUND = 1e-11
+pytestmark = pytest.mark.timeout(1200)  # the first case waits for all of them
 LEAST, LEAST_FULL = 150, 370
 WRONG = [TrainingCase(f"{text}-{fault}", MODEL, parse_layout(text), fault=fault) for text in FAULTY for fault in FAULTS]
 

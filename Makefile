@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes where there is no GPU (tests/conftest.py); a file's tests stay together, files go in their order.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .PHONY: compare test test-full lint clean
@@ -11,10 +13,10 @@ compare: $(VENV)/.run
 	$(BIN)/headgrid compare $(ARGS)
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-full: $(VENV)/.dev lint
-	$(BIN)/python -m pytest --full $(ARGS)
+	$(PYTEST) --full $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """How much the suites run: `pytest --full` goes through many times the cases of `make test`."""
 
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -24,3 +25,19 @@ def budget(request: pytest.FixtureRequest) -> Budget:
     `metafunc.config.getoption("--full")` in `pytest_generate_tests` instead.
     """
     return lambda default, full: full if request.config.getoption("--full") else default
+
+
+def pytest_configure() -> None:
+    """Commands that tests interrupt inherit this: a shell that starts the tests behind itself lets them ignore it.
+
+    Beside another process of tests, torch's own threads would only be in the way.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: two processes, for most tests use one processor each; one where they would share a GPU."""
+    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)

@@ -6,7 +6,7 @@
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from headgrid.runtime.launch import Job, run
 
 Outcomes = list[dict[str, Any]]
 """What each rank found, by rank."""
-POLL_S = 0.001
+POLL_S = (0.001, 0.01)
+"""Between two looks: at first, and where nothing has come for long. Ranks of many launches may stand idle."""
 
 
 class RankFailed(AssertionError):
@@ -64,10 +65,11 @@ class Launch:
     def result(self, number: int) -> Outcomes:
         """What each rank found, once all have. Raises RankFailed if one could not."""
         files = [self.folder / f"{number}.{rank}.pt" for rank in range(self.ranks)]
+        pauses = _pauses_s()
         while not all(file.exists() for file in files):
             if not self.thread.is_alive():
                 raise RankFailed(self._told(number))
-            time.sleep(POLL_S)
+            time.sleep(next(pauses))
         outcomes = [torch.load(file, weights_only=False) for file in files]
         for file in files:
             file.unlink()
@@ -129,13 +131,22 @@ def serve(rank: int, folder: Path, do: Callable[[Any], dict[str, Any]]) -> None:
         number += 1
 
 
+def _pauses_s() -> Iterator[float]:
+    """Seconds to sleep between one look and the next, each 5 % longer than the last."""
+    shortest, longest = POLL_S
+    while True:
+        yield shortest
+        shortest = min(longest, 1.05 * shortest)
+
+
 def _comes(folder: Path, number: int, rank: int) -> bool:
     """Whether there is one more task. Rank 0 looks, the others wait for it without using a processor."""
     found = torch.zeros(1, dtype=torch.int64)
     if rank == 0:
         task, stop = folder / f"{number}.task", folder / "stop"
+        pauses = _pauses_s()
         while not (task.exists() or stop.exists()):
-            time.sleep(POLL_S)
+            time.sleep(next(pauses))
         found += task.exists()
     dist.broadcast(found, 0)
     return bool(found)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from headgrid.errors import NotAvailable
 from headgrid.layout.layout import Layout
 from headgrid.layout.memory import Memory, predict
+from headgrid.layout.peers import peers_bytes
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -16,7 +17,8 @@ OVERHEAD_BYTES = {"cpu": 128 << 20, "cuda": 6 << 30}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of the fullest rank: all arms' parameters, an arena for the largest cache, one arm's activations.
+    """Bytes of the fullest rank: all arms' parameters, an arena for the largest cache, one arm's activations, and on
+    GPUs what each arm keeps where its peers read it.
 
     The negative control needs no more: it is gone before the arms' weights are drawn.
     """
@@ -24,6 +26,7 @@ class Need:
     parameters_bytes: int
     kv_cache_bytes: int
     activations_bytes: int
+    peers_bytes: int
     overhead_bytes: int
 
     @property
@@ -45,8 +48,13 @@ def need(model: ModelSpec, layouts: Sequence[Layout], workload: Workload, device
         sum(row.parameters_bytes for row in rows),
         max(row.kv_cache_bytes for row in rows),
         max(row.working_bytes for row in rows),
+        sum(_most_for_peers(model, layout, workload) for layout in layouts) if device == "cuda" else 0,
         OVERHEAD_BYTES[device],
     )
+
+
+def _most_for_peers(model: ModelSpec, layout: Layout, workload: Workload) -> int:
+    return max(peers_bytes(model, layout, workload, rank) for rank in range(layout.ranks))
 
 
 def largest_batch(

@@ -1,5 +1,6 @@
 """Families of layouts: a layout's notation with one size left out, which is whatever the number of ranks asks for."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -29,22 +30,32 @@ class Family:
         pipeline to be drained. So `n1m:batch` on one rank is the plain model, as `tp` is. Raises InvalidLayout for
         options that do not go together.
         """
-        fixed = 1
-        for _, size in self.degrees:
-            fixed *= size or 1
-        if ranks % fixed:
+        if ranks % self.fixed:
             return None
-        sizes = {axis: size or ranks // fixed for axis, size in self.degrees}
+        left_out = self.left_out(ranks)
+        degrees = "".join(f"{axis}{size}" for axis, size in self._sizes(ranks).items())
+        return parse_layout(degrees + ":" + "+".join(option for option in self.options if option not in left_out))
+
+    @property
+    def fixed(self) -> int:
+        """The product of the sizes that are written."""
+        return math.prod(size or 1 for _, size in self.degrees)
+
+    def left_out(self, ranks: int) -> tuple[str, ...]:
+        """The options that `at` leaves out there, in the order written: the member is then a plainer layout."""
+        sizes = self._sizes(ranks)
         shared = [size for axis, size in sizes.items() if axis in ("tp", "n", "m")]
         dropped = {*EXCHANGES, "gathered"} if sizes.get("m") == 1 else set()
         dropped |= {"sharded", "concat", "dp-attention"} if shared and max(shared) == 1 else set()
-        if ranks == fixed:
+        if ranks == self.fixed:
             gathers = "gathered" in self.options and "gathered" not in dropped
             sharing = sizes.get("n", 1) if gathers else max(shared, default=1)
             dropped |= {"overlapped"} if sharing == 1 else set()
             dropped |= {"drained"} if sizes.get("pp", 1) == 1 else set()
-        degrees = "".join(f"{axis}{size}" for axis, size in sizes.items())
-        return parse_layout(degrees + ":" + "+".join(option for option in self.options if option not in dropped))
+        return tuple(option for option in self.options if option in dropped)
+
+    def _sizes(self, ranks: int) -> dict[str, int]:
+        return {axis: size or ranks // self.fixed for axis, size in self.degrees}
 
 
 def parse_family(text: str) -> Family:
@@ -64,8 +75,11 @@ def parse_family(text: str) -> Family:
             legal=EXAMPLES,
         )
     family = Family(text.strip(), sizes, tuple(filter(None, options.split("+"))))
-    fixed = 1
-    for _, size in sizes:
-        fixed *= size or 1
-    family.at(2 * fixed)  # raises where options contradict one another, at whatever size
+    grown = family.at(2 * family.fixed)  # raises where options contradict one another, at whatever size
+    if useless := family.left_out(2 * family.fixed):
+        raise InvalidLayout(
+            f"{text!r}: {' and '.join(useless)} would mean nothing at any size",
+            why=f"it would be run as a plainer layout, {grown} for one",
+            legal=(degrees, *EXAMPLES),
+        )
     return family

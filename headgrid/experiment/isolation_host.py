@@ -115,7 +115,11 @@ def _oversubscribed(evidence: Evidence) -> str | None:
 
 
 def _gaps(evidence: Evidence) -> Iterator[Finding]:
-    """Times without a sample: between two, and after the last of a sampler that ended before the run."""
+    """Times without a sample: between two, before the first sampler, and after one that ended before the run.
+
+    A run that was begun without a sampler and resumed with one has such a time, too: what is called checked holds of
+    all its blocks, and nobody saw the first ones.
+    """
     assert evidence.telemetry is not None
     sessions = evidence.telemetry.sessions
     limit_s = [max(GAP_S, GAP_PERIODS / session.hz) for session in sessions]
@@ -126,9 +130,9 @@ def _gaps(evidence: Evidence) -> Iterator[Finding]:
                 yield from evidence.during("TELEMETRY_GAP", "SUSPECT", before["time_s"], after["time_s"], text)
     edges = [(s.start["time_s"], (s.samples[-1] if s.samples else s.start)["time_s"]) for s in sessions]
     uncovered = [float("-inf"), *(edge for pair in edges for edge in pair), float("inf")]
-    for end_s, start_s in zip(uncovered[::2], uncovered[1::2], strict=True):
-        if end_s < start_s:
-            yield from evidence.during("TELEMETRY_GAP", "SUSPECT", end_s + limit_s[0], start_s, "no sampler ran")
+    for end_s, start_s, limit in zip(uncovered[::2], uncovered[1::2], [0.0, *limit_s], strict=True):
+        if end_s + limit < start_s:
+            yield from evidence.during("TELEMETRY_GAP", "SUSPECT", end_s + limit, start_s, "no sampler ran")
 
 
 def _clock_steps(evidence: Evidence) -> Iterator[Finding]:

@@ -157,12 +157,19 @@ def _places(
                 legal=("other --ranks", *DEFAULT_FAMILIES),
             )
         notes += [f"{family} has no layout of {count} ranks" for count in ranks if count not in has]
+        notes += [_plainer(family, count) for count in has if family.left_out(count)]
     first, *others = ranks
     places = [_place(first, tuple(modes), 1, members[first])]
     for count in others:
         for mode in modes:
             places.append(_place(count, (mode,), count // first if mode == "weak" else 1, members[count]))
     return places, notes
+
+
+def _plainer(family: Family, ranks: int) -> str:
+    """That a family's member is a plainer layout than its notation says."""
+    useless = " and ".join(family.left_out(ranks))
+    return f"{family} on {ranks} rank{'s' * (ranks > 1)} is run as {family.at(ranks)}: {useless} would mean nothing"
 
 
 def _place(ranks: int, modes: tuple[Mode, ...], growth: int, members: Sequence[Layout | None]) -> _Place:

@@ -166,8 +166,8 @@ def _choices(n: int, m: int) -> Iterator[dict[str, Any]]:
 def legal_layouts(model: ModelSpec, ranks: int) -> tuple[Layout, ...]:
     """Every layout of the family on exactly `ranks` devices: n x m first, then with stages, then with replicas.
 
-    Each may also keep its hidden states in fp32 and run its linears in FP8, and each whose ranks share the work on a
-    token may overlap it.
+    Each may also keep its hidden states in fp32 and run its linears in FP8, each whose ranks share the work on a token
+    may overlap it, and each with several stages may drain them after every token.
     """
     legal = [layout for layout in _all(ranks) if is_legal(model, layout)]
     order = {lay: (lay.output != "reduce", lay.residual != "replicated", lay.dp * lay.pp, lay.dp) for lay in legal}

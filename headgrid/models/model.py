@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from headgrid.models import save as saving
 from headgrid.models.pretrained import Pretrained, open_pretrained
 from headgrid.models.stream import Progress
 from headgrid.runtime.cache import new_arena
-from headgrid.runtime.collectives import Axis
+from headgrid.runtime.collectives import Axis, barrier
 from headgrid.runtime.engine import Engine
 from headgrid.runtime.layer import Weights, by_name
 from headgrid.runtime.mesh import GroupPool, Mesh
@@ -67,20 +68,54 @@ class Generation:
 
 
 class Model:
-    """A pretrained model on the ranks of a layout. `load` makes one."""
+    """A pretrained model on the ranks of a layout. `load` makes one; `close`, or the end of a `with`, lets go of it."""
 
-    def __init__(self, pretrained: Pretrained, layout: Layout, mesh: Mesh, world: Axis, weights: Weights) -> None:
-        """`weights` of this rank, as from `Pretrained.local`; `world` has all ranks of the layout."""
+    def __init__(
+        self, pretrained: Pretrained, layout: Layout, mesh: Mesh, world: Axis, weights: Weights, pool: GroupPool
+    ) -> None:
+        """`weights` of this rank, as from `Pretrained.local`; `world` has all ranks of the layout; the groups of both
+        and of the mesh are the pool's.
+        """
         self.pretrained, self.spec, self.layout = pretrained, pretrained.spec, layout
-        self.mesh, self.world, self.weights = mesh, world, weights
+        self.mesh, self.world, self.weights, self._pool = mesh, world, weights, pool
+        self.closed = False
         some = next(iter(weights.values()))
         self.dtype, self.device = some.dtype, some.device
+
+    def __enter__(self) -> Self:
+        """The model itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close it. After an error only this rank's part is let go: the others may be waiting in a collective."""
+        if kind is None:
+            self.close()
+        self.closed, self.weights = True, Weights()
+
+    def close(self) -> None:
+        """Let go of the weights and end the process groups that `load` made, which torch keeps otherwise for as long
+        as the process lives. All ranks call it; a second call does nothing.
+
+        A cache and its CUDA graphs are an engine's, and go with it: `generate` and `logits` keep none, and an engine
+        made by hand must be gone before.
+        """
+        if self.closed:
+            return
+        self.closed, self.weights = True, Weights()
+        if self.world.size > 1:
+            barrier(self.device)
+        self._pool.close()
+
+    def _ensure_open(self) -> None:
+        if self.closed:
+            raise InvalidInput(f"{self.spec.name} is closed", legal=("load it again",))
 
     def engine(self, workload: Workload, sampling: Sampling | None = None, stop_tokens: Sequence[int] = ()) -> Engine:
         """Prefill and decode of one batch, with a KV cache of its own.
 
-        Raises InvalidLayout if this layout cannot run it.
+        Raises InvalidLayout if this layout cannot run it, InvalidInput if the model is closed.
         """
+        self._ensure_open()
         check(self.spec, self.layout, workload)
         elements = cache_shape(self.spec, self.layout, workload, self.world.index).elements
         arena = new_arena(elements, self.dtype, self.device)
@@ -172,8 +207,10 @@ class Model:
     def save(self, folder: Path | str, *, progress: Progress | None = None) -> None:
         """Write the model in Hugging Face format, each rank its part; tokenizer and config are copied.
 
-        Raises InvalidInput if the folder is in use or the weights are in FP8, NotAvailable if the disk cannot take it.
+        Raises InvalidInput if the folder is in use, the weights are in FP8 or the model is closed, NotAvailable if the
+        disk cannot take it.
         """
+        self._ensure_open()
         if self.layout.linears == "fp8":
             raise InvalidInput(
                 f"{self.layout} has its matrices rounded to FP8, which is not the model that was loaded",
@@ -254,7 +291,7 @@ def load(
         check_products(pretrained.spec, layout)
     mesh = Mesh(layout, pool)
     weights = pretrained.local(layout, world, chosen, place, progress, tp=mesh.tp)
-    return Model(pretrained, layout, mesh, world, weights)
+    return Model(pretrained, layout, mesh, world, weights, pool)
 
 
 def torch_dtype(name: str) -> torch.dtype:

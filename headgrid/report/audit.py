@@ -51,7 +51,8 @@ class _Page(HTMLParser):
 def page_figures(folder: Path, source_sha256: str) -> Iterator[Finding | Note]:
     """report.html against a page that is made again here.
 
-    It is compared if this version made the run or the page: an edited page cannot escape by naming another maker.
+    It is compared if this version made the run or says that it made the page: an edited page of a run of this version
+    cannot escape by naming another maker. That of another version's run can, hence the note.
     """
     path = folder / "report.html"
     if not path.exists():
@@ -59,7 +60,8 @@ def page_figures(folder: Path, source_sha256: str) -> Iterator[Finding | Note]:
     env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
     shown = _Page(path.read_text(encoding="utf-8"))
     if source_sha256 not in (env.get("source_sha256"), shown.maker):
-        yield Note("report.html is of another version and was not compared; `headgrid report` makes it again")
+        what = "report.html was not compared: neither it nor the run is of this version"
+        yield Note(f"{what}; `headgrid report {folder}` makes the page again from the journal")
         return
     try:
         stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

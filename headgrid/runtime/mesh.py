@@ -36,6 +36,14 @@ class GroupPool:
         mine = next(ranks for ranks in groups if self.rank in ranks)
         return Axis(name, mine, self.rank, self._groups.get((channel, mine)))
 
+    def close(self) -> None:
+        """End every group that was made here; its axes are of no use then. Collective over all ranks of the default
+        group: none may still be under way in one of them.
+        """
+        for group in filter(None, self._groups.values()):
+            dist.destroy_process_group(group)
+        self._groups.clear()
+
 
 @dataclass(frozen=True, slots=True)
 class StageAxes:

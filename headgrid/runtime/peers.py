@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headgrid.layout.batching import MicroBatch
-from headgrid.layout.layout import Layout
+from headgrid.layout.peers import ROOMS, shuffles, suits
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import Core, Slices
 from headgrid.runtime.hidden import Hidden
@@ -21,9 +21,6 @@ from headgrid.runtime.layer import Layer, Norm
 from headgrid.runtime.quantised import Input, Weight, linear_into
 from headgrid.runtime.stage import Stage, StageCall
 from headgrid.spec.model import ModelSpec
-
-LARGEST_BYTES = 4 << 20
-"""Hidden states of a step beyond which NCCL's all-reduce, which sends each byte less often, is as fast."""
 
 
 def _kernels() -> Any:
@@ -59,8 +56,8 @@ class Sums:
     def __init__(self, tp: Axis, tokens: int, model: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         """Collective over `tp`, for up to `tokens` tokens a call."""
         self.model, width = model, model.hidden_size
-        self.window = Window(tp, 2 * tokens * width, dtype, device)
-        self.rooms = self.window.local.view(2, tokens, width)
+        self.window = Window(tp, ROOMS * tokens * width, dtype, device)
+        self.rooms = self.window.local.view(ROOMS, tokens, width)
 
     def put(self, room: int, x: Input, weight: Weight, tokens: int) -> None:
         """x [T, local] times weight [D, local], this rank's part of a sum, into a room."""
@@ -152,8 +149,7 @@ class DirectStage(Stage):
         tokens = max(mb.size for mb in plan)
         self.sums = Sums(self.mesh.tp, tokens, self.model, self.dtype, self.device)
         self.shuffles: dict[MicroBatch, Shuffle] = {}
-        even = len({*self.slices.qk_widths, *self.slices.v_widths}) == 1
-        if self.layout.exchange == "batch" and even and not self.model.qk_norm and tokens <= self.sums.window.blocks:
+        if shuffles(self.model, self.layout) and tokens <= self.sums.window.blocks:
             for mb in plan:
                 self.shuffles[mb] = Shuffle(self.mesh.tp_slice, mb, self.slices, self.dtype, self.device)
         self._room: int | None = None
@@ -199,22 +195,10 @@ def direct_stage(stage: Stage, plan: tuple[MicroBatch, ...]) -> DirectStage | No
     All ranks of the stage decide alike: it takes what `suits`, on GPUs of one host that reach each other's memory.
     """
     most = max((mb.size for mb in plan), default=0)
-    fits = suits(stage.model, stage.layout, most, stage.dtype)
+    fits = suits(stage.model, stage.layout, most, stage.dtype.itemsize)
     if not (fits and stage.device.type == "cuda" and reachable(stage.mesh.tp)):
         return None
     return DirectStage(stage, plan)
-
-
-def suits(model: ModelSpec, layout: Layout, sequences: int, dtype: torch.dtype) -> bool:
-    """Whether decode steps of at most so many sequences can go through peers' memory.
-
-    It takes plain sums (no biases or norms behind them) of replicated hidden states, steps of up to `LARGEST_BYTES`, a
-    power of two of ranks (the kernels index them as a block of Triton's), and no fp64: the kernels compute in fp32.
-    """
-    plain = model.norm_placement == "pre" and not {"o", "mlp"} & set(model.linear_bias)
-    plain = plain and (layout.residual, layout.output) == ("replicated", "reduce")
-    small = 0 < sequences * model.hidden_size * dtype.itemsize <= LARGEST_BYTES and model.hidden_size <= 1 << 14
-    return plain and small and dtype != torch.float64 and power_of_two(layout.tp) == layout.tp > 1
 
 
 def reachable(axis: Axis) -> bool:

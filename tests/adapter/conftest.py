@@ -1,11 +1,10 @@
 """Real gloo ranks for the tests of the transformers adapter: one launch for each number of ranks and list of jobs."""
 
-import multiprocessing
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from adapter_cases import Jobs
@@ -28,8 +27,7 @@ def _launch(ranks: int, jobs: Jobs, folder: Path, backend: str) -> list[list[dic
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """`launch(ranks, jobs, backend="gloo")`: for each job what each rank found, on the CPU."""
-    multiprocessing.set_forkserver_preload(["torch.distributed", "transformers", "adapter_ranks"])
-    forkserver.ensure_running()
+    fork_server.ensure_running()
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("adapter")
 

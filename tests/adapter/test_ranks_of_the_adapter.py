@@ -16,6 +16,7 @@ from adapter_scenarios import SCENARIOS
 
 import headgrid
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for all jobs
 LAYOUT = "n1m4:sequence"
 CACHES = {
     "n2m2:batch": 1 / 4,

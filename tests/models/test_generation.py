@@ -187,6 +187,27 @@ def test_every_rank_refuses(on_ranks: Ranks, llama: Truth) -> None:
     assert before == after and len(after["tokens"]) == len(llama.prompts)
 
 
+def test_a_closed_model_leaves_no_group_and_no_weight(on_ranks: Ranks, llama: Truth) -> None:
+    """And another model on the same ranks goes on. The control: an open model's groups stay."""
+    for found in on_ranks(4, "groups", folder=str(llama.folder), layout="n2m2:batch", ids=llama.prompts):
+        before, two, one, after = found["counts"]
+        assert (two - before) == 2 * (one - before) > 0 and after == before
+        assert found["found"][0] == found["found"][1] == found["found"][2]
+        assert "is closed" in found["refused"] and "load it again" in found["refused"] and found["left"] == 0
+
+
+def test_a_model_of_one_process_is_closed_as_well(llama: Truth, tmp_path: Path) -> None:
+    with load(llama.folder) as model:
+        assert model.generate(llama.prompts, 1).steps == 1
+    with pytest.raises(InvalidInput, match="is closed"):
+        model.logits(llama.prompts)
+    with pytest.raises(InvalidInput, match="is closed"):
+        model.save(tmp_path / "copy")
+    with pytest.raises(ZeroDivisionError), load(llama.folder) as model:
+        raise ZeroDivisionError
+    assert model.closed and not model.weights
+
+
 def test_another_number_of_ranks_is_refused(llama: Truth) -> None:
     with pytest.raises(InvalidLayout, match="needs 2 ranks, not 1"):
         load(llama.folder, "tp2")

@@ -37,6 +37,11 @@ class Case:
         return self.layout.ranks
 
     @property
+    def fp8(self) -> bool:
+        """Whether the linears are FP8: then errors are compared with those of one device with such linears."""
+        return self.layout.linears == "fp8"
+
+    @property
     def steps(self) -> int:
         return self.workload.decode_steps
 

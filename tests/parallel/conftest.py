@@ -1,9 +1,8 @@
 """Real gloo ranks for the tests of this folder, shared by all of them."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 
+import fork_server
 import pytest
 import torch
 from case import Case
@@ -13,9 +12,8 @@ from standing_ranks import Outcomes
 
 @pytest.fixture(scope="session")
 def prepared() -> None:
-    """A fork server that has loaded what every rank needs: torch's dispatch modes import all of its compiler."""
-    multiprocessing.set_forkserver_preload(["torch.distributed", "torch._dynamo", "headgrid.runtime.engine", "worker"])
-    forkserver.ensure_running()
+    """A fork server that has loaded what every rank needs."""
+    fork_server.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ for cases that are always the same, hypothesis' for those that it shrinks; simpl
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from case import STEPS
 
@@ -18,6 +18,7 @@ from headgrid.layout.layout import (
     RESIDUAL_DTYPES,
     RESIDUALS,
     WEIGHT_MODES,
+    Decode,
     Layout,
 )
 from headgrid.spec.model import ModelSpec
@@ -63,10 +64,11 @@ def degrees(ranks: int) -> Iterator[dict[str, int]]:
 
 def consistent(sizes: dict[str, int]) -> Iterator[Layout]:
     """Every layout of these degrees that does not contradict itself. None is left out but the control `independent`,
-    which is wrong on purpose.
+    which is wrong on purpose, and FP8 linears, whose truth is another (`with_fp8`).
     """
-    options = ("none", *EXCHANGES), OUTPUTS, WEIGHT_MODES, RESIDUALS, RESIDUAL_DTYPES, COMMUNICATIONS, ATTENTIONS
-    names = ("exchange", "output", "weights", "residual", "residual_dtype", "communication", "attention")
+    options = ("none", *EXCHANGES), OUTPUTS, WEIGHT_MODES, RESIDUALS, RESIDUAL_DTYPES, COMMUNICATIONS
+    names = "exchange", "output", "weights", "residual", "residual_dtype", "communication", "decode", "attention"
+    options = *options, get_args(Decode), ATTENTIONS
     for choice in itertools.product(*options):
         try:
             yield Layout(**sizes, **dict(zip(names, choice, strict=True)))  # type: ignore[arg-type]

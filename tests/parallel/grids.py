@@ -10,7 +10,7 @@ from draws import candidates, draw_model
 
 from headgrid.errors import InvalidLayout
 from headgrid.layout.layout import EXCHANGES, Layout
-from headgrid.layout.legal import check
+from headgrid.layout.legal import check, is_legal
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
@@ -72,7 +72,11 @@ WORKLOADS = (
 
 
 def accepted(layout: Layout, workload: Workload) -> bool:
-    """Whether `check` lets the awkward model run; the only filter there is."""
+    """Whether `check` lets the awkward model run; the only filter there is. (To word a refusal takes it long, and what
+    is no layout of the model is refused whatever the workload.)
+    """
+    if not is_legal(AWKWARD, layout):
+        return False
     try:
         check(AWKWARD, layout, workload, layout.ranks)
     except InvalidLayout:

@@ -48,9 +48,11 @@ def run_dtype(case: Case) -> torch.dtype:
     return getattr(torch, case.workload.dtype)
 
 
-def reference(case: Case, kind: type[Reference] = Reference, dtype: torch.dtype = torch.float64) -> Reference:
-    """A single-device model on the very weights of the run (drawn in the run's dtype)."""
-    found = kind(case.model, _weights(case.model, case.seed, run_dtype(case)), dtype)
+def reference(
+    case: Case, kind: type[Reference] = Reference, dtype: torch.dtype = torch.float64, *, fp8: bool = False
+) -> Reference:
+    """A single-device model on the very weights of the run (drawn in the run's dtype); with `fp8` its linears too."""
+    found = kind(case.model, _weights(case.model, case.seed, run_dtype(case)), dtype, fp8_linears=fp8)
     if isinstance(found, PerSlice):
         found.num_slices = case.layout.num_dim_slices
     return found
@@ -64,7 +66,14 @@ def by_length(case: Case) -> dict[int, list[int]]:
     return found
 
 
-def logits(case: Case, chosen: Tensor, kind: type[Reference] = Reference, dtype: torch.dtype = torch.float64) -> Tensor:
+def logits(
+    case: Case,
+    chosen: Tensor,
+    kind: type[Reference] = Reference,
+    dtype: torch.dtype = torch.float64,
+    *,
+    fp8: bool = False,
+) -> Tensor:
     """Logits [batch, k, vocab] that lead to the tokens `chosen` [batch, k], each given the prompt and those before."""
     whole, k = prompts(case), chosen.shape[1]
     expected = torch.empty(*chosen.shape, case.model.vocab_size, dtype=dtype)
@@ -72,7 +81,8 @@ def logits(case: Case, chosen: Tensor, kind: type[Reference] = Reference, dtype:
     for length, rows in by_length(case).items():
         text = torch.cat([whole[rows, :length], chosen[rows, : k - 1]], dim=1)
         key = tuple(map(tuple, text.tolist()))
-        expected[rows] = _logits(_Hashed(case, (case.model, case.seed, run_dtype(case), slices)), kind, dtype, key, k)
+        of = _Hashed(case, (case.model, case.seed, run_dtype(case), slices))
+        expected[rows] = _logits(of, kind, dtype, fp8, key, k)
     return expected
 
 
@@ -90,8 +100,8 @@ class _Hashed:
 
 
 @lru_cache(maxsize=512)
-def _logits(of: _Hashed, kind: type[Reference], dtype: torch.dtype, text: tuple, last: int) -> Tensor:
-    return reference(of.case, kind, dtype).logits(torch.tensor(text), last)
+def _logits(of: _Hashed, kind: type[Reference], dtype: torch.dtype, fp8: bool, text: tuple, last: int) -> Tensor:
+    return reference(of.case, kind, dtype, fp8=fp8).logits(torch.tensor(text), last)
 
 
 def greedy(case: Case) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from case import Case
-from cases import WORLD_SIZES, exact_cases
+from cases import WORLD_SIZES, default_cases
 
 from headgrid.layout.shards import qk_channels
 from headgrid.layout.span import balanced, total
@@ -13,7 +13,7 @@ LEAST = 250
 
 
 def test_the_suite_has_its_cases() -> None:
-    cases = exact_cases()
+    cases = default_cases()
     assert len(cases) == len({case.id for case in cases}) >= LEAST
     assert {case.ranks for case in cases} == set(WORLD_SIZES)
 
@@ -28,8 +28,8 @@ def test_they_were_collected(request: pytest.FixtureRequest) -> None:
 
 
 def test_both_cuts_are_real_in_most_cases() -> None:
-    both = [case for case in exact_cases() if min(case.layout.num_head_groups, case.layout.num_dim_slices) > 1]
-    assert len(both) > 0.55 * len(exact_cases())
+    both = [case for case in default_cases() if min(case.layout.num_head_groups, case.layout.num_dim_slices) > 1]
+    assert len(both) > 0.55 * len(default_cases())
 
 
 PROPERTIES = {
@@ -133,13 +133,13 @@ def _shares_batch(case: Case) -> bool:
 
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_a_property_that_could_break_a_layout_is_covered(name: str) -> None:
-    having = [case.id for case in exact_cases() if PROPERTIES[name](case)]
+    having = [case.id for case in default_cases() if PROPERTIES[name](case)]
     assert len(having) >= 3, having
 
 
 @pytest.mark.parametrize("name", ["ragged", "chunks", "window", "QK norm", "bidirectional", "soft cap"])
 def test_every_exchange_meets_every_variant(name: str) -> None:
-    met = {case.layout.exchange for case in exact_cases() if PROPERTIES[name](case)}
+    met = {case.layout.exchange for case in default_cases() if PROPERTIES[name](case)}
     assert met >= {"gather", "batch", "sequence", "scores"}
 
 
@@ -149,5 +149,5 @@ def test_every_pair_of_exchange_and_output_meets_every_kind_of_model() -> None:
         grouped = model.num_heads > model.num_kv_heads
         return case.layout.exchange, case.layout.output, model.positions, grouped, bool(model.linear_bias)
 
-    kinds = {kind(case) for case in exact_cases() if case.layout.num_dim_slices > 1}
+    kinds = {kind(case) for case in default_cases() if case.layout.num_dim_slices > 1}
     assert len(kinds) == 4 * 2 * 2**3

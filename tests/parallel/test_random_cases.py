@@ -1,5 +1,6 @@
 """Parallel equals serial for combinations of layout, model and workload that nobody chose: hypothesis on real ranks."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,12 @@ from headgrid.layout.legal import check
 
 DEFAULT = {2: 30, 3: 24, 4: 36, 6: 16, 8: 14}
 FULL = {2: 400, 3: 400, 4: 500, 6: 400, 8: 300}
+FP8, FULL_FP8 = {2: 6, 3: 5, 4: 7}, {2: 200, 3: 150, 4: 300}
 LEAST_SENSITIVE = 0.7
 
 
 @st.composite
-def cases(draw: Any, ranks: int) -> Case:
+def cases(draw: Any, ranks: int, fp8: bool = False) -> Case:
     """A legal case on so many ranks. Single-rank axes, plain workloads and fp64 come first when one is shrunk."""
 
     def pick(values: Any) -> Any:
@@ -29,6 +31,8 @@ def cases(draw: Any, ranks: int) -> Case:
 
     layout = draw_layout(pick, ranks)
     dtype = pick(("float64",) * 6 + ("float32", "bfloat16"))
+    if fp8:  # whatever is drawn, so that a case is the same but for its linears
+        layout, dtype = replace(layout, linears="fp8"), "float32" if dtype == "float64" else dtype
     model = draw_model(
         pick, layout, draw_heads(pick, layout), **({} if dtype == "float64" else {"attention_gain": 2.0})
     )
@@ -42,14 +46,7 @@ def with_stop(case: Case) -> Case:
     return replace(case, stop_token=token_to_stop_at(case)) if stops else case
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("ranks", DEFAULT)
-def test_any_legal_combination_computes_what_one_device_computes(
-    ranks: int, pools: Pools, request: pytest.FixtureRequest
-) -> None:
-    number = (FULL if request.config.getoption("--full", False) else DEFAULT)[ranks]
-    moved: list[float] = []
-
+def run_cases(strategy: Any, number: int, check_each: Callable[[Case], None]) -> None:
     @settings(
         max_examples=number,
         derandomize=True,
@@ -58,7 +55,21 @@ def test_any_legal_combination_computes_what_one_device_computes(
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    @given(cases(ranks))
+    @given(strategy)
+    def each(case: Case) -> None:
+        check_each(case)
+
+    each()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", DEFAULT)
+def test_any_legal_combination_computes_what_one_device_computes(
+    ranks: int, pools: Pools, request: pytest.FixtureRequest
+) -> None:
+    number = (FULL if request.config.getoption("--full", False) else DEFAULT)[ranks]
+    moved: list[float] = []
+
     def agrees(case: Case) -> None:
         case = with_stop(case)
         outcomes = pools.run(case)
@@ -66,29 +77,46 @@ def test_any_legal_combination_computes_what_one_device_computes(
         assert not verdict.complaints, "\n".join([case.id, *verdict.complaints])
         moved.append(sensitivity(case, outcomes))
 
-    agrees()
+    run_cases(cases(ranks), number, agrees)
     assert len(moved) >= number, "hypothesis ran fewer cases than it was asked for"
     assert sum(each > SENSITIVE for each in moved) >= LEAST_SENSITIVE * number, "most could tell right from wrong"
 
 
-def test_hypothesis_shrinks_what_real_ranks_fail(pools: Pools) -> None:
-    """The negative control: one rank's partial sum is missing, and the smallest case that shows it is small."""
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", FP8)
+def test_any_legal_combination_with_fp8_linears_has_the_error_of_one_device_with_them(
+    ranks: int, pools: Pools, request: pytest.FixtureRequest
+) -> None:
+    """By the floor of the model's own dtype each is wrong, else it would not be FP8 that was computed."""
+    number = (FULL_FP8 if request.config.getoption("--full", False) else FP8)[ranks]
+    ran: list[Case] = []
 
-    @settings(
-        max_examples=12,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    @given(cases(2))
     def agrees(case: Case) -> None:
-        verdict = judge(case, pools.run(replace(case, fault="partial sum dropped")))
-        assert not verdict.complaints, f"smallest: {case.id}"
+        outcomes = pools.run(case)
+        verdict = judge(case, outcomes)
+        assert not verdict.complaints, "\n".join([case.id, *verdict.complaints])
+        unrounded = judge(replace(case, layout=replace(case.layout, linears="model")), outcomes).complaints
+        assert any("logits" in complaint for complaint in unrounded), case.id
+        ran.append(case)
+
+    run_cases(cases(ranks, fp8=True), number, agrees)
+    assert len(ran) >= number, "hypothesis ran fewer cases than it was asked for"
+
+
+def test_hypothesis_shrinks_what_real_ranks_fail(pools: Pools) -> None:
+    """The negative control: one rank's partial sum is missing, and the smallest case that shows it is small.
+
+    Most of what hypothesis tries on its way is a case that it has tried before.
+    """
+    known: dict[Case, bool] = {}
+
+    def agrees(case: Case) -> None:
+        if case not in known:
+            known[case] = not judge(case, pools.run(replace(case, fault="partial sum dropped"))).complaints
+        assert known[case], f"smallest: {case.id}"
 
     with pytest.raises(AssertionError, match=r"smallest: drawn-(tp2|n1m2|pp2|dp2)"):
-        agrees()
+        run_cases(cases(2), 12, agrees)
 
 
 def test_everything_drawn_is_legal() -> None:

@@ -66,7 +66,7 @@ def get_weight(case: Case) -> Callable[[str, Shard], Tensor]:
 
 def build(case: Case, mesh: Mesh, get: Callable[[str, Shard], Tensor] | None = None) -> Engine:
     model, layout, workload = case.model, case.layout, case.workload
-    weights = load(model, layout, mesh.rank, get or get_weight(case))
+    weights = load(model, layout, mesh.rank, get or get_weight(case), mesh.tp)
     elements = cache_shape(model, layout, workload, mesh.rank).elements
     arena = new_arena(elements, getattr(torch, workload.dtype), torch.device("cpu"))
     stops = () if case.stop_token is None else (case.stop_token,)
@@ -186,7 +186,7 @@ def _generate(case: Case, engine: Engine, tokens: Tensor) -> dict[str, Any]:
         "decode_flops": counters[1].total,
         "buffer_bytes": recorders[0].largest_buffer_bytes,
         "under_way": under_way.most,
-        "weight_elements": sum(x.numel() for x in engine.stage.weights.values()),
+        "weight_bytes": sum(x.nbytes for x in engine.stage.weights.values()),
         "cache_bytes": cache.size_bytes,
         "written": [_written(part) for part in (cache.keys, cache.values)],
     }

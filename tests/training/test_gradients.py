@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 import training_work
@@ -26,6 +27,7 @@ from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
 BOUND = 1e-11
+pytestmark = pytest.mark.timeout(1200)  # the first case waits for all of them
 LEAST, LEAST_FULL = 150, 370
 WRONG = [TrainingCase(f"{text}-{fault}", MODEL, parse_layout(text), fault=fault) for text in FAULTY for fault in FAULTS]
 
@@ -44,6 +46,7 @@ def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         case.id: case for item in items for case in item.callspec.params.values() if isinstance(case, TrainingCase)
     }
     found: dict[str, list[dict[str, Any]]] = {}
+    fork_server.ensure_running()
     for ranks in WORLD_SIZES:
         cases = [case for case in asked.values() if case.ranks == ranks]
         folder = tmp_path_factory.mktemp(f"training{ranks}")

@@ -301,6 +301,36 @@ def test_a_sampler_that_ended_early_leaves_later_blocks_suspect() -> None:
     assert codes_of(isolation, "tp2pp2", 1) == []
 
 
+def test_blocks_from_before_the_first_sampler_are_suspect_and_later_ones_are_not() -> None:
+    """A run begun with 0 samples a second and resumed with 10."""
+    run = Run()
+    begins_s = run.block(2, "tp2pp2")["prefill_start_s"]
+    start, samples = run.lines[0], [line for line in run.lines[1:] if line["time_s"] >= begins_s - 2]
+    start |= {key: samples[0][key] for key in ("time_s", "monotonic_s")}
+    run.lines = [start, *samples]
+    isolation = judged(run)
+    assert set(found(isolation)) == {"TELEMETRY_GAP", "GPU_POWER_CAP"}
+    assert codes_of(isolation, "tp2pp2", 1) == ["TELEMETRY_GAP"]
+    assert [codes_of(isolation, "tp2pp2", block) for block in (2, 3, 4, 5)] == [[]] * 4
+
+
+def test_a_sampler_may_be_silent_for_as_long_as_its_own_rate_allows() -> None:
+    """Between two samplers of 10 and of 1 a second: the first one's silence counts."""
+    run = Run()
+    begins_s = run.block(3, "tp2pp2")["prefill_start_s"]
+    cut_s = begins_s - 3.0  # the second sampler begins 3 s after the first one's last sample
+    first = [line for line in run.lines if line["time_s"] < cut_s]
+    rest = [line for line in run.lines if line["time_s"] >= begins_s]
+    again = run.lines[0] | {key: rest[0][key] for key in ("time_s", "monotonic_s")}
+
+    def verdicts(hz: float) -> set[str]:
+        run.lines = [first[0] | {"hz": hz}, *first[1:], again, *rest]
+        return set(found(judged(run))) - {"GPU_POWER_CAP"}
+
+    assert verdicts(10.0) == {"TELEMETRY_GAP"}
+    assert verdicts(1.0) == set()
+
+
 def test_one_invalid_block_of_many_makes_a_figure_suspect_more_make_it_invalid() -> None:
     run = Run(blocks=24)
     bits(0x40)(run)

@@ -114,7 +114,8 @@ def test_two_figures_that_change_places_are_an_edit(concluded: Path, page: str) 
 def test_a_page_of_another_version_is_not_compared_unless_this_one_made_the_run(concluded: Path, page: str) -> None:
     other = page.replace(source_sha256(), "6b" * 32).replace("Accuracy", "Exactness")
     (note,) = audited(concluded, other)
-    assert isinstance(note, Note) and "another version" in note.what
+    assert isinstance(note, Note) and "neither it nor the run is of this version" in note.what
+    assert f"`headgrid report {concluded}`" in note.what
     env = concluded / "env.json"
     kept = env.read_text()
     try:

@@ -1,15 +1,25 @@
-"""Which decode steps may go through peers' memory (that they are right there, tests/gpu shows)."""
+"""Which decode steps may go through peers' memory, and how much of it (that they are right there, tests/gpu shows)."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
-from headgrid.layout.layout import parse_layout
-from headgrid.runtime.peers import LARGEST_BYTES, suits
-from headgrid.spec.model import find_model
+from headgrid.experiment import budget
+from headgrid.layout.batching import decode_micro_batches, owned_rows
+from headgrid.layout.layout import Layout, parse_layout
+from headgrid.layout.peers import LARGEST_BYTES, peers_bytes, suits
+from headgrid.runtime import peers
+from headgrid.runtime.collectives import Axis
+from headgrid.runtime.layer import load
+from headgrid.runtime.mesh import StageAxes
+from headgrid.runtime.stage import Stage
+from headgrid.spec.model import ModelSpec, find_model
+from headgrid.spec.workload import Workload
 
-SEED = find_model("seed")
+SEED, TINY = find_model("seed"), find_model("tiny")
 MOST = LARGEST_BYTES // (2 * SEED.hidden_size)
 
 
@@ -17,17 +27,77 @@ MOST = LARGEST_BYTES // (2 * SEED.hidden_size)
     "text", ["tp2", "tp4", "n2m2:batch", "n1m4:sequence", "tp2pp2", "tp2:fp32", "n1m2:batch+gathered"]
 )
 def test_plain_sums_over_a_power_of_two_of_ranks(text: str) -> None:
-    assert suits(SEED, parse_layout(text), MOST, torch.float16)
-    assert not suits(SEED, parse_layout(text), MOST + 1, torch.float16)
-    assert not suits(SEED, parse_layout(text), 0, torch.float16)
-    assert not suits(SEED, parse_layout(text), 1, torch.float64)
+    assert suits(SEED, parse_layout(text), MOST, 2)
+    assert not suits(SEED, parse_layout(text), MOST + 1, 2)
+    assert not suits(SEED, parse_layout(text), 0, 2)
+    assert not suits(SEED, parse_layout(text), 1, 8)
     for other in ({"linear_bias": ("o",)}, {"linear_bias": ("mlp",)}, {"norm_placement": "post"}):
-        assert not suits(replace(SEED, **other), parse_layout(text), 1, torch.float16)
-    assert suits(replace(SEED, linear_bias=("qkv",)), parse_layout(text), 1, torch.float16)
+        assert not suits(replace(SEED, **other), parse_layout(text), 1, 2)
+    assert suits(replace(SEED, linear_bias=("qkv",)), parse_layout(text), 1, 2)
 
 
 @pytest.mark.parametrize(
     "text", ["tp1", "dp4", "pp2", "n1m3:batch", "n2m3:batch", "n1m7:sequence", "tp4:sharded", "tp4:concat"]
 )
 def test_what_goes_through_collectives(text: str) -> None:
-    assert not suits(SEED, parse_layout(text), 1, torch.float16)
+    assert not suits(SEED, parse_layout(text), 1, 2)
+
+
+class Counted:
+    """A window on a CPU: as many elements, and nobody reads them."""
+
+    made: ClassVar[list[Tensor]] = []
+    blocks = 128
+
+    def __init__(self, axis: Axis, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.local = torch.empty(elements, dtype=dtype, device=device)
+        self.made.append(self.local)
+
+
+CASES = {
+    "sums": (TINY, "tp2"),
+    "stages": (TINY, "tp2pp2"),
+    "drained": (TINY, "tp2pp2:drained"),
+    "another exchange": (TINY, "n2m2:sequence"),
+    "shuffled": (TINY, "n2m2:batch"),
+    "shuffled in stages": (TINY, "n1m4pp2:batch"),
+    "replicas": (TINY, "n1m2dp2:batch+gathered"),
+    "norms of heads": (replace(TINY, qk_norm=True), "n2m2:batch"),
+    "slices of two widths": (replace(TINY, head_dim=10), "n1m4:batch"),
+}
+
+
+@pytest.mark.parametrize("batch", [5, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_as_much_is_predicted_as_is_kept(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "Window", Counted)
+    model, layout = CASES[name][0], parse_layout(CASES[name][1])
+    workload = Workload(batch=batch, seq=8, decode_steps=2, dtype="float16")
+    predicted = [peers_bytes(model, layout, workload, rank) for rank in range(layout.ranks)]
+    kept = [_kept(model, layout, workload, rank) for rank in range(layout.ranks)]
+    assert predicted == kept and all(kept)
+    more = replace(workload, batch=2 * batch)
+    assert peers_bytes(model, layout, more, 0) > kept[0]
+
+
+def _kept(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
+    """Bytes of the windows that a rank's decoding stage asks for."""
+    at, here = layout.coordinates(rank), torch.device("cpu")
+    tp = Axis("tp", tuple(range(layout.tp)), layout.tp_index(at), None)
+    tp_slice = Axis("tp_slice", tuple(range(layout.num_dim_slices)), at.slice, None)
+    weights = load(
+        model, layout, rank, lambda _, shard: torch.zeros(shard.local_shape, dtype=torch.float16, device=here)
+    )
+    stage = Stage(model, layout, StageAxes(at, tp, tp_slice), weights, None, owned_rows(layout, workload.batch, rank))
+    Counted.made.clear()
+    peers.DirectStage(stage, decode_micro_batches(layout, workload, at.dp))
+    return sum(window.nbytes for window in Counted.made)
+
+
+def test_a_comparison_on_gpus_has_room_for_it() -> None:
+    layouts = [parse_layout(text) for text in ("tp2", "n1m2:batch", "dp2")]
+    work = Workload(batch=8, seq=8, decode_steps=1, dtype="float16")
+    each = [peers_bytes(SEED, layout, work, 0) for layout in layouts]
+    assert each[0] == 2 * 8 * SEED.hidden_size * 2 < each[1] and each[2] == 0
+    gpu, cpu = (budget.need(SEED, layouts, work, device) for device in ("cuda", "cpu"))
+    assert (gpu.peers_bytes, cpu.peers_bytes) == (sum(each), 0)

@@ -65,6 +65,27 @@ def test_what_is_no_family_is_refused_with_examples(text: str) -> None:
     assert text in ("dp:batch",) or caught.value.legal
 
 
+@pytest.mark.parametrize("text", ["n2m1pp:batch", "tp1pp:sharded", "n2m1pp:batch+gathered+sharded"])
+def test_options_that_mean_nothing_at_any_size_are_refused(text: str) -> None:
+    with pytest.raises(InvalidLayout, match="mean nothing at any size") as caught:
+        parse_family(text)
+    assert parse_family(caught.value.legal[0]).at(4) is not None  # the family without them
+    assert parse_family(text.replace("m1", "m2").replace("tp1", "tp2")).at(4) is not None
+
+
+def test_a_member_plainer_than_its_family_is_told() -> None:
+    families = ("tp", "n2m:batch+gathered", "n1m:batch+overlapped", "tp:sharded")
+    _, _, notes = make(Wishes(**TINY | {"batch": 16}), (2, 4), families, MODES)
+    assert [note for note in notes if "run as" in note] == [
+        "n2m:batch+gathered on 2 ranks is run as tp2: batch and gathered would mean nothing"
+    ]
+    _, _, notes = make(Wishes(**TINY | {"batch": 8}), (1, 2), families[2:], MODES)
+    assert [note.partition(" is run as ")[0] for note in notes if "run as" in note] == [
+        "n1m:batch+overlapped on 1 rank",
+        "tp:sharded on 1 rank",
+    ]
+
+
 def study_of(**changes: Any) -> tuple[Study, list[Design]]:
     study, designs, _ = make(Wishes(**TINY | changes), (1, 2, 4), ("tp", "dp"), MODES)
     return study, designs

@@ -1,6 +1,6 @@
 """`headgrid check`: a run folder or a file of results through every gate."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from headgrid.experiment.check.run import Run, open_folder
 from headgrid.experiment.journal import JournalError
 from headgrid.experiment.records import block_times, of_kind
 from headgrid.experiment.stats import PHASES, summarise
-from headgrid.layout.layout import parse_layout
-from headgrid.spec.hardware import find_hardware
+from headgrid.spec.hardware import Hardware, find_hardware
 
 
 def run_physics(run: Run) -> Outcome:
@@ -21,24 +20,26 @@ def run_physics(run: Run) -> Outcome:
     if run.model is None or run.workload is None:
         yield Note("the design's model or workload is of another version: the physics gate did not run")
         return
-    yield from run_gates(physics.GATES, result_of(run))
-    yield from _links(run)
+    arms = summarise(run.design, run.records)["arms"]
+    result = _result_of(run, arms)
+    yield from run_gates(physics.GATES, result)
+    if result.hardware is not None:
+        yield from _links(run, arms, result.hardware)
 
 
-def result_of(run: Run) -> Result:
-    """The run as a claim like any other's."""
-    summary = summarise(run.design, run.records)
+def _result_of(run: Run, rows: Sequence[Mapping[str, Any]]) -> Result:
+    """The run, of which these are the summary's arms, as a claim like any other's."""
     names = {name for record in of_kind(run.records, "launch") for name in record["device_names"]}
     try:
         hardware = find_hardware(names.pop()) if run.design["device"] == "cuda" and len(names) == 1 else None
     except InvalidInput:
         hardware = None
-    arms = tuple(_arm(row, run.design["ranks"]) for row in summary["arms"] if row["verified"])
+    arms = tuple(_arm(run, row) for row in rows if row["verified"])
     name = run.design["name"]
     return Result(name=name, hardware=hardware, model=run.model, workload=run.workload, arms=arms)
 
 
-def _arm(row: dict[str, Any], devices: int) -> ArmResult:
+def _arm(run: Run, row: Mapping[str, Any]) -> ArmResult:
     names = {"decode_tpot_s": "tpot_s", "prefill_tokens_per_s": "prefill_tokens_per_s"}
     # Not decode_tokens_per_s: a mean of rates over blocks is not the rate of the mean time, so Little's law is not its.
     figures = {
@@ -54,16 +55,13 @@ def _arm(row: dict[str, Any], devices: int) -> ArmResult:
         }
         held = {name: row["memory_bytes"][part] for name, part in parts.items()}
         figures |= {name: Figure(mean=size) for name, size in held.items() if size}
-    linears = "float8" if parse_layout(row["layout"]).linears == "fp8" else None
-    return ArmResult(label=row["label"], devices=devices, figures=figures, linears=linears)
+    linears = "float8" if run.linears(row["label"]) == "fp8" else None
+    return ArmResult(label=row["label"], devices=run.design["ranks"], figures=figures, linears=linears)
 
 
-def _links(run: Run) -> Iterator[Finding]:
+def _links(run: Run, arms: Sequence[Mapping[str, Any]], hardware: Hardware) -> Iterator[Finding]:
     """No rank sends more than its link carries: neither in a call nor in a whole phase."""
-    hardware = result_of(run).hardware
-    if hardware is None:
-        return
-    for arm in summarise(run.design, run.records)["arms"]:
+    for arm in arms:
         spans = {phase: block_times(run.records, arm["label"], phase) for phase in PHASES}
         steps = {"prefill": 1, "decode": run.design["workload"]["decode_steps"]}
         for phase, times in spans.items():

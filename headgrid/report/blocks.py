@@ -19,7 +19,9 @@ COLUMNS = (
     "verdict",
     "codes",
 )
-"""Of the table that a page can export. Seconds of the slowest rank; starts in Unix seconds."""
+"""Of the table that a page can export. Arms by number; seconds of the slowest rank; starts in Unix seconds."""
+MAX_BLOCKS = 1_500
+"""That a page carries and lists: with more, as with the seed's 1000 iterations of each arm, it would be too large."""
 
 Seconds = Mapping[Phase, float | None]
 
@@ -43,12 +45,18 @@ class Block:
         """Where it stands among the blocks of a run: warm-up comes first in its launch."""
         return self.launch, not self.warm_up, self.block
 
-    def row(self, labels: Sequence[str]) -> list[Any]:
+    @property
+    def row(self) -> list[Any]:
         """Its COLUMNS."""
         seconds, starts = ([of[phase] for phase in PHASES] for of in (self.seconds, self.start_s))
         codes = " ".join(self.codes)
-        fixed = [labels[self.arm], self.launch, self.block, self.position, int(self.warm_up)]
+        fixed = [self.arm, self.launch, self.block, self.position, int(self.warm_up)]
         return [*fixed, *seconds, *starts, self.verdict, codes]
+
+
+def listed(found: Sequence[Block]) -> bool:
+    """Whether there are few enough for a page to carry each of them."""
+    return len(found) <= MAX_BLOCKS
 
 
 def blocks(numbers: Mapping[str, int], records: Sequence[Record], summary: Mapping[str, Any]) -> list[Block]:
@@ -71,8 +79,7 @@ def blocks(numbers: Mapping[str, int], records: Sequence[Record], summary: Mappi
 
 
 def _block(number: int, record: Record, warm_up: bool, seconds: Seconds, flag: Mapping[str, Any]) -> Block:
-    given = {phase: record.get(f"{phase}_start_s") for phase in PHASES}
-    starts: Seconds = {phase: value if known(value) else None for phase, value in given.items()}
+    starts: Seconds = {phase: value if known(value := record.get(f"{phase}_start_s")) else None for phase in PHASES}
     verdict, codes = flag.get("verdict", ""), tuple(flag.get("codes", ()))
     place = record["launch"], record["block"], record.get("position")
     return Block(number, *place, warm_up, seconds, starts, verdict, codes)

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from headgrid.experiment.records import Record
-from headgrid.report.blocks import COLUMNS, Block
+from headgrid.report.blocks import COLUMNS, Block, listed
 from headgrid.report.naming import named
 from headgrid.report.pairs import every_pair
 
@@ -28,13 +28,12 @@ def script() -> tuple[Markup, str]:
 def data(
     design: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Record], blocks: Sequence[Block]
 ) -> Markup:
-    """The JSON that the script reads: arms in the summary's order, all pairs, and all blocks."""
-    labels = [arm["label"] for arm in summary["arms"]]
+    """The JSON that the script reads: arms in the summary's order, all pairs, and the blocks unless they are many."""
     document = {
         "name": design["name"],
         "arms": [{"label": arm["label"], "called": named(arm)} for arm in summary["arms"]],
         "pairs": every_pair(summary, records, design["margin"]),
         "columns": COLUMNS,
-        "blocks": [block.row(labels) for block in blocks],
+        "blocks": [block.row for block in blocks] if listed(blocks) else [],
     }
     return Markup(json.dumps(document, allow_nan=False, ensure_ascii=False).translate(_ESCAPES))

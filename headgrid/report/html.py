@@ -17,7 +17,7 @@ from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
 from headgrid.report import conditions, embed, pairs, partition, plots, tables, timeplots
 from headgrid.report import format as fmt
-from headgrid.report.blocks import Block, blocks
+from headgrid.report.blocks import Block, blocks, listed
 from headgrid.report.inert import inert
 from headgrid.report.naming import caution, names
 from headgrid.spec.model import ModelSpec
@@ -89,7 +89,10 @@ def render(
         over_time=_over_time(telemetry, records, {label: numbers[label] for label in labels}),
         partitions=list(_partitions(layouts)),
         facts=list(_facts(design, env, records)),
-        raw=[tables.all_blocks({k: names(summary)[k] for k in labels}, records, phase) for phase in PHASES],
+        raw=[tables.all_blocks({k: names(summary)[k] for k in labels}, records, phase) for phase in PHASES]
+        if listed(timed)
+        else [],
+        many=len(timed),
     )
 
 

@@ -218,8 +218,8 @@ const saveCsv = (rows, title) =>
   download(new Blob(["\ufeff", csv(rows)], { type: "text/csv;charset=utf-8" }), safeName(`${data.name} ${title}`, "csv"));
 
 function saveBlocks() {
-  const shown = data.blocks.filter((row) => !state.hide.has(data.arms.findIndex((arm) => arm.label === row[0])));
-  saveCsv([data.columns, ...shown.map((row) => row.map((cell) => (typeof cell === "string" ? guarded(cell) : cell)))], "blocks");
+  const shown = data.blocks.filter((row) => !state.hide.has(row[0]));
+  saveCsv([data.columns, ...shown.map(([arm, ...row]) => [guarded(data.arms[arm].label), ...row])], "blocks");
 }
 
 // A button beside the heading of a table or drawing, or below what has none.
@@ -235,7 +235,7 @@ function addAction(shown, label, title, act) {
 
 function tellBlock(number) {
   const row = Object.fromEntries(data.columns.map((column, index) => [column, data.blocks[number][index]]));
-  const place = `${row.arm}, launch ${row.launch}, ${row.warm_up ? "warm-up" : "block"} ${row.block}`;
+  const place = `${data.arms[row.arm].label}, launch ${row.launch}, ${row.warm_up ? "warm-up" : "block"} ${row.block}`;
   const times = Object.keys(data.pairs).filter((phase) => row[`${phase}_s`] !== null);
   const told = times.map((phase) => `${phase} ${row[`${phase}_s`].toPrecision(6)} s`).join(", ");
   return `${place}: ${told}${row.codes ? `; ${row.verdict}: ${row.codes}` : ""}`;
@@ -345,6 +345,7 @@ makeArms();
 makePair();
 byId("theme").addEventListener("change", (event) => choose({ theme: event.target.value }));
 byId("save-blocks").addEventListener("click", saveBlocks);
+byId("save-blocks").hidden = data.blocks.length === 0;
 for (const id of ["tools", "pair"]) byId(id).hidden = data.arms.length === 0;
 readAddress();
 show();

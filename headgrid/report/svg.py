@@ -82,6 +82,10 @@ def _note(element: ElementTree.Element, mark: Mark) -> None:
     if len(drawn) == len(mark.points):  # else a mark lay outside of the drawing: no read-out rather than a wrong one
         for use, point in zip(drawn, mark.points, strict=True):
             use.set("data-point", str(point))
+    if len({use.get("style") for use in drawn}) == 1:  # said once for all of them
+        element.set("style", drawn[0].attrib.get("style", ""))
+        for use in drawn:
+            use.attrib.pop("style", None)
     if mark.text:
         title = ElementTree.Element("title")
         title.text = mark.text

@@ -27,7 +27,7 @@ ROOM = 0.36
 """Of a row's height, to either side of its middle."""
 MANY_PLACES = 60
 """From so many blocks on the drawing takes the page's width."""
-MAX_MARKS = 4_000
+MAX_MARKS = 1_000
 """Of a drawing, else it has lines alone: each mark is some hundred bytes of the page."""
 
 

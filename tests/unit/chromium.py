@@ -61,15 +61,21 @@ class Chromium:
 
     def send(self, method: str, session: str | None = None, **params: Any) -> Json:
         """One command and its answer; AssertionError if it is refused."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": params}
-        os.write(self._out, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        number = self._write(method, session, params)
         while True:
             answer = self._receive()
-            if answer.get("id") == self._number:
+            if answer.get("id") == number:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
             self.events.append(answer)
+            if answer.get("method") == "Page.javascriptDialogOpening":
+                self._write("Page.handleJavaScriptDialog", answer["sessionId"], {"accept": False})  # it blocks its page
+
+    def _write(self, method: str, session: str | None, params: Json) -> int:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        os.write(self._out, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        return self._number
 
     def _receive(self) -> Json:
         while b"\0" not in self._buffer:
@@ -117,7 +123,7 @@ class Page:
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             for event in self.browser.events:
-                if event["method"] == method:
+                if event.get("method") == method:
                     return event["params"]
             self.send("Page.getResourceTree")
             time.sleep(0.01)
@@ -125,7 +131,7 @@ class Page:
 
     def of(self, *methods: str) -> list[Json]:
         """What happened so far."""
-        self.evaluate("new Promise(done => setTimeout(done))") if "Log.entryAdded" in methods else None
+        self.evaluate("1")  # an answer comes after the events before it
         return [event["params"] for event in self.browser.events if event.get("method") in methods]
 
     def evaluate(self, expression: str) -> Any:
@@ -164,7 +170,8 @@ class Page:
     def place(self, selector: str) -> tuple[float, float]:
         """The middle of the first such element, scrolled into view."""
         found = self.evaluate(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'center', inline: 'center'});"
             " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         return found[0], found[1]
@@ -182,10 +189,7 @@ class Page:
         name = self.wait_for("Browser.downloadWillBegin")["suggestedFilename"]
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
-            if any(
-                e["method"] == "Browser.downloadProgress" and e["params"]["state"] == "completed"
-                for e in self.browser.events
-            ):
+            if any(event["state"] == "completed" for event in self.of("Browser.downloadProgress")):
                 return self.browser.downloads / name
             self.evaluate("1")
             time.sleep(0.01)

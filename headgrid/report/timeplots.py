@@ -60,8 +60,8 @@ def blocks_over_time(
                 _dots(axes, row, mine, phase, (places, medians[arm], scale), marks)
         label_rows(axes, [(arm, labels[arm]) for arm in arms], marks)
         _mark_launches(axes, places)
-        axes.set_xlim(-0.6, len(places) + 0.09 * len(places))
-        axes.set_xlabel(f"height of a row: ±{percent(scale)} of the median")
+        axes.set_xlim(-0.6, len(places) - 0.4)
+        axes.set_xlabel(f"launch; row height ±{percent(scale)} of median")
         told = (f"{labels[arm]} {_range(blocks, arm, phase)}" for arm in arms)
         text = f"Block times in the order they ran, shortest to longest: {'; '.join(told)}."
         return finish(figure, name, text, marks, rows=True), _caption(timed, medians, phase, scale)
@@ -119,14 +119,16 @@ def _row(
 ) -> None:
     places, middle, _ = geometry
     arm = mine[0][1].arm
-    (base,) = axes.plot([-0.6, len(places) - 0.4], [row, row], color=RULE, linewidth=0.6)
+    (base,) = axes.plot([-0.6, len(places) - 0.6], [row, row], color=RULE, linewidth=0.6)
     base.set_gid(marks.add(arm, row=row))
     for launch in sorted({block.launch for _, block in mine}):
         timed = [block for _, block in mine if block.launch == launch and not block.warm_up]
         xs, ys = _columns([_at(row, block, phase, geometry) for block in timed])
         (line,) = axes.plot(xs, ys, color=SERIES[0], linewidth=0.9, alpha=0.6)
         line.set_gid(marks.add(arm, row=row))
-    text = axes.text(len(places) - 0.3, row, duration(middle), va="center", fontsize=TEXT - 1.5, color=MUTED)
+    style = {"va": "center", "fontsize": TEXT - 1.5, "color": MUTED}
+    end = (len(places) - 1, row)
+    text = axes.annotate(duration(middle), end, (8, 0), textcoords="offset points", **style)
     text.set_gid(marks.add(arm, row=row))
 
 
@@ -157,8 +159,7 @@ def _mark_launches(axes: Axes, places: Mapping[Place, int]) -> None:
         axes.axvline(at - 0.5, color=RULE, linewidth=0.8)
     every = -(-len(firsts) // 12)
     shown = {launch: at for launch, at in firsts.items() if list(firsts).index(launch) % every == 0}
-    names = [f"launch {launch}" if launch == min(firsts) else str(launch) for launch in shown]
-    axes.set_xticks([at - 0.3 for at in shown.values()], names, ha="left")
+    axes.set_xticks([at - 0.3 for at in shown.values()], [str(launch) for launch in shown], ha="left")
 
 
 # --- telemetry -------------------------------------------------------------------------------------------------------

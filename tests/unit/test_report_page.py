@@ -416,7 +416,7 @@ def test_it_prints(tab: Page, tmp_path: Path) -> None:
 # --- size ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("launches", "blocks"), [(5, 8), (1, 300)])
+@pytest.mark.parametrize(("launches", "blocks"), [(5, 8), (1, 200)])
 def test_nine_arms_stay_below_a_megabyte(launches: int, blocks: int) -> None:
     """By the default protocol in five launches, and with more blocks than a page lists, as with the seed's 1000."""
     extra = [{"label": f"n4m4:batch+{n}", "layout": "n4m4:batch", "role": "arm"} for n in range(4)]
@@ -426,4 +426,4 @@ def test_nine_arms_stay_below_a_megabyte(launches: int, blocks: int) -> None:
     records += [{**r, "arm": label} for label, arm in like.items() for r in records if r.get("arm") == arm]
     source = render(design, make_env(), records, summarise(design, records))
     assert len(source.encode()) < 1_000_000
-    assert ("too many to list" in source) == (blocks == 300)
+    assert ("too many to list" in source) == (blocks == 200)

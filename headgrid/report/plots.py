@@ -195,8 +195,8 @@ def timeline(name: str, events: Sequence[Mapping[str, Any]], stages: int) -> tup
 
 
 def _event_text(event: Mapping[str, Any], start: float, end: float, unit: str) -> str:
-    step = f", step {event['step']}" if event["phase"] == "decode" else ""
-    return f"stage {event['stage']}, micro-batch {event['micro_batch']}{step}: {start:.4g} to {end:.4g} {unit}"
+    place = f"stage {event['stage']}, micro-batch {event['micro_batch']}, step {event['step']}"
+    return f"{place}: {start:.4g} to {end:.4g} {unit}"
 
 
 def _label_every(events: Sequence[Mapping[str, Any]], span_s: float) -> int:

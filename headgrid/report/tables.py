@@ -54,10 +54,6 @@ class Table:
             found[-1][1].append(row)
         return found
 
-    def arm_of(self, column: int) -> str | None:
-        """The label of the arm that a column is about."""
-        return (self.columns[column] or None) if column < len(self.columns) else None
-
     @property
     def numeric(self) -> frozenset[int]:
         """Columns that hold numbers and are set flush right."""

@@ -1,9 +1,12 @@
 """Report pages for tests: an honest one, one full of hostile names, and a reader of pages without a browser."""
 
+import csv
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from run_fixture import ARMS, make_design, make_env, make_records
 
 from headgrid.experiment.stats import summarise
@@ -73,3 +76,18 @@ def hostile_page() -> str:
             record["device_names"] = [HOSTILE] * design["ranks"]
     env = {**make_env(), HOSTILE: {HOSTILE: HOSTILE}, "gpus": [{"name": HOSTILE}]}
     return render(design, env, records, summarise(design, records))
+
+
+def read(path: Path) -> list[list[str]]:
+    """The rows of a CSV."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.reader(file))
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a PNG shows something: several colours, each on a share of it that no speck has."""
+    with Image.open(path) as image:
+        image.verify()
+    with Image.open(path) as image:
+        colours: Any = image.convert("RGB").getcolors(maxcolors=1 << 24)
+        return image.width > 800 and sum(count > 1e-4 * image.width * image.height for count, _ in colours) > 3

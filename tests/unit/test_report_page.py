@@ -1,17 +1,15 @@
 """The report in a real browser: what its script does, that nothing else runs, and that it is whole without it."""
 
-import csv
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chromium import PATH, Chromium, Page
 from PIL import Image
-from report_fixture import HOSTILE, hostile_page, page
-from run_fixture import ARMS, make_design, make_env, make_records
+from report_fixture import HOSTILE, hostile_page, is_drawn, page, read
+from run_fixture import ARMS, make_design, make_records
 
 from headgrid.experiment.records import block_times
 from headgrid.experiment.stats import summarise
@@ -293,11 +291,6 @@ def test_swapped_arms_swap_the_verdict(tab: Page) -> None:
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[list[str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.reader(file))
-
-
 def test_csv_of_a_table_parses_back_to_its_figures(tab: Page) -> None:
     rows = read(tab.saved(act("Performance metrics")))
     assert [row[0] for row in rows] == ["Method", *LABELS] and {len(row) for row in rows} == {10}
@@ -333,15 +326,6 @@ def test_csv_of_the_blocks_has_the_journals_seconds(tab: Page) -> None:
             if r["arm"] == label and r["warm_up"] == "0"
         }
         assert mine == block_times(RECORDS, label, "decode")
-
-
-def is_drawn(path: Path) -> bool:
-    """Whether a PNG shows something: several colours, each on a share of it that no speck has."""
-    with Image.open(path) as image:
-        image.verify()
-    with Image.open(path) as image:
-        colours: Any = image.convert("RGB").getcolors(maxcolors=1 << 24)
-        return image.width > 800 and sum(count > 1e-4 * image.width * image.height for count, _ in colours) > 3
 
 
 @pytest.mark.parametrize(
@@ -411,19 +395,3 @@ def test_themes(browser: Chromium, tab: Page, report: Path) -> None:
 def test_it_prints(tab: Page, tmp_path: Path) -> None:
     printed = tab.pdf(tmp_path / "report.pdf").read_bytes()
     assert printed.startswith(b"%PDF-") and 3 < printed.count(b"/Type /Page\n") < 40
-
-
-# --- size ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("launches", "blocks"), [(5, 8), (1, 200)])
-def test_nine_arms_stay_below_a_megabyte(launches: int, blocks: int) -> None:
-    """By the default protocol in five launches, and with more blocks than a page lists, as with the seed's 1000."""
-    extra = [{"label": f"n4m4:batch+{n}", "layout": "n4m4:batch", "role": "arm"} for n in range(4)]
-    design = make_design(arms=[*ARMS, *extra], launches=launches, blocks=blocks)
-    like = {f"n4m4:batch+{n}": ARMS[2]["label"] for n in range(4)}
-    records = make_records(make_design(launches=launches, blocks=blocks))
-    records += [{**r, "arm": label} for label, arm in like.items() for r in records if r.get("arm") == arm]
-    source = render(design, make_env(), records, summarise(design, records))
-    assert len(source.encode()) < 1_000_000
-    assert ("too many to list" in source) == (blocks == 200)

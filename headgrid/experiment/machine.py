@@ -70,7 +70,7 @@ def source_sha256() -> str:
     """Hash of headgrid's own source files: ties a run to a state of the code where there is no checkout."""
     digest, package = hashlib.sha256(), Path(__file__).parent.parent
     for path in sorted(package.rglob("*")):
-        if path.suffix in (".py", ".toml", ".j2"):
+        if path.suffix in (".py", ".toml", ".j2", ".js"):
             digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -28,7 +28,7 @@ def table(summary: Mapping[str, Any]) -> Table | None:
     body = []
     for arm in arms:
         cells = (_cell(rows.get((arm["label"], *column[:3]))) for column in columns)
-        body.append([Cell(named(arm), "name"), *cells])
+        body.append([Cell(named(arm), "name", arms=(arm["label"],)), *cells])
     return Table("Shares of ceilings", ("Method", *(column[3] for column in columns)), body, _note(found))
 
 

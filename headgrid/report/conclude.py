@@ -11,7 +11,7 @@ from headgrid.experiment.journal import seal
 from headgrid.experiment.machine import source_sha256
 from headgrid.experiment.records import Record
 from headgrid.experiment.summary import summary_of
-from headgrid.experiment.telemetry import FILE, read
+from headgrid.experiment.telemetry import FILE, Telemetry, read
 from headgrid.report.html import render
 
 
@@ -22,6 +22,7 @@ class Documents(NamedTuple):
     env: dict[str, Any]
     records: Sequence[Record]
     summary: dict[str, Any]
+    telemetry: Telemetry | None
 
 
 def documents(folder: Path, run: str | None) -> Documents:
@@ -37,8 +38,9 @@ def documents(folder: Path, run: str | None) -> Documents:
         raise InvalidInput(f"{folder} is not a run folder", why=f"env.json: {error}") from error
     sealed = seal(folder / "journal.jsonl")
     journal = {"records": sealed.records, "link": sealed.link}
-    made = summary_of(declared, records, read(folder / FILE))
-    return Documents(declared, env, records, made | {"run": run, "journal": journal})
+    telemetry = read(folder / FILE)
+    made = summary_of(declared, records, telemetry) | {"run": run, "journal": journal}
+    return Documents(declared, env, records, made, telemetry)
 
 
 def conclude(folder: Path) -> dict[str, Any]:

@@ -50,9 +50,8 @@ def telemetry(summary: Summary, phase: Phase) -> Table:
         [Cell(_label(next(r[name] for r in by_arm if name in r)), "name"), *(_cell(r.get(name)) for r in by_arm)]
         for name in names
     ]
-    return Table(
-        f"Telemetry: {phase}", ("Counter", *(arm["label"] for arm in arms)), rows, _note(found, by_arm) if rows else ""
-    )
+    labels, note = tuple(arm["label"] for arm in arms), _note(found, by_arm) if rows else ""
+    return Table(f"Telemetry: {phase}", ("Counter", *labels), rows, note, columns=("", *labels), sortable=False)
 
 
 def _label(row: Mapping[str, Any]) -> str:

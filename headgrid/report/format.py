@@ -6,7 +6,8 @@ from typing import Any, TypeGuard
 
 NOT_MEASURED = "not measured"
 MINUS = "\N{MINUS SIGN}"
-PER_CENT = "\N{NO-BREAK SPACE}%"
+SPACE = "\N{NO-BREAK SPACE}"
+PER_CENT = f"{SPACE}%"
 TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -42,7 +43,8 @@ def scientific(value: float | None) -> str:
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.replace('-', MINUS)} {TIMES} 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+    power = str(int(exponent)).translate(SUPERSCRIPTS)
+    return f"{mantissa.replace('-', MINUS)}{SPACE}{TIMES}{SPACE}10{power}"
 
 
 def percent(value: float | None, digits: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, not even a network or a script."""
+"""The report of a run: one HTML file that needs nothing else, no network, and to be read not even its own script."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,16 +6,19 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.cautions import cpu_warning
 from headgrid.experiment.records import Phase, Record
 from headgrid.experiment.stats import PHASES
+from headgrid.experiment.telemetry import Telemetry
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
-from headgrid.report import ceilings, conditions, partition, plots, tables
+from headgrid.report import ceilings, conditions, embed, pairs, partition, plots, tables, timeplots
 from headgrid.report import format as fmt
+from headgrid.report.blocks import Block, blocks, listed
+from headgrid.report.inert import inert
 from headgrid.report.naming import caution, names
 from headgrid.spec.model import ModelSpec
 
@@ -31,25 +34,44 @@ class Figure:
     caption: str = ""
     wide: bool = False
     rows: tuple[tuple[str, ...], ...] = ()
+    arms: tuple[int, ...] = ()
+    """Numbers of the arms that it is about, if it is about some only."""
 
 
 def render(
-    design: Json, env: Json, records: Sequence[Record], summary: Json, *, source_sha256: str | None = None
+    design: Json,
+    env: Json,
+    records: Sequence[Record],
+    summary: Json,
+    telemetry: Telemetry | None = None,
+    *,
+    source_sha256: str | None = None,
 ) -> str:
-    """The whole page. Pure: the same four documents make the same page.
+    """The whole page. Pure: the same documents make the same page. Without `telemetry` no counters are drawn.
 
     Labels and names are text to be shown, whatever they contain; unknown values appear as "not measured".
     Ratios are throughputs of the first arm over the second, above 1 where the first is faster. `source_sha256`: of the
     source that makes the page, which the page then names, so that a check knows whether it can make the same.
     """
+    design, env, records, summary = (inert(document) for document in (design, env, records, summary))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = lambda text: escape(text).replace("+", Markup("+<wbr>"))
     template = resources.files("headgrid.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     layouts = _layouts(design)
+    numbers = {arm["label"]: number for number, arm in enumerate(summary["arms"])}
     labels = [arm["label"] for arm in summary["arms"] if arm["verified"]]
+    timed = blocks({label: numbers[label] for label in labels}, records, summary)
+    script, script_hash = embed.script()
     layers = {text: _layers_per_rank(*parts) for text, parts in layouts.items() if not isinstance(parts, str)}
     return environment.from_string(template).render(
         title=_title(design),
         maker=source_sha256,
+        script=script,
+        script_hash=script_hash,
+        data=embed.data(design, summary, records, timed),
+        numbers=numbers,
+        pair_head=pairs.HEAD,
+        pair_note=pairs.NOTE,
         subtitle=_subtitle(design, summary),
         outcome=outcome(summary, design["margin"]),
         warnings=_warnings(design, env, summary),
@@ -64,10 +86,14 @@ def render(
         validation=tables.validation(summary, records),
         isolation=conditions.isolation(summary),
         telemetry=[conditions.telemetry(summary, phase) for phase in PHASES],
-        figures=list(_figures(design, records, summary, labels)),
+        figures=list(_figures(design, records, summary, timed)),
+        over_time=_over_time(telemetry, records, {label: numbers[label] for label in labels}),
         partitions=list(_partitions(layouts)),
         facts=list(_facts(design, env, records)),
-        raw=[tables.all_blocks({k: names(summary)[k] for k in labels}, records, phase) for phase in PHASES],
+        raw=[tables.all_blocks({k: names(summary)[k] for k in labels}, records, phase) for phase in PHASES]
+        if listed(timed)
+        else [],
+        many=len(timed),
     )
 
 
@@ -164,25 +190,33 @@ def _warnings(design: Json, env: Json, summary: Json) -> list[str]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _figures(design: Json, records: Sequence[Record], summary: Json, labels: Sequence[str]) -> Iterator[Figure]:
+def _figures(design: Json, records: Sequence[Record], summary: Json, timed: Sequence[Block]) -> Iterator[Figure]:
     arms, less_exact = summary["arms"], caution(summary)
+    numbers = {arm["label"]: number for number, arm in enumerate(arms)}
     prefill = plots.bars("prefill", arms, "prefill_tokens_per_s", 1.0, "tokens per second")
     yield Figure("Prefill throughput", prefill, f"Higher is better.{less_exact}")
     tpot = plots.bars("tpot", arms, "decode_tpot_s", 1e3, "ms per token")
     yield Figure("Decode TPOT", tpot, f"Lower is better.{less_exact}")
     for phase in PHASES:
         rows = [row for row in summary["comparisons"] if row["phase"] == phase]
-        drawing = plots.ratios(f"ratio-{phase}", rows, design["margin"])
+        drawing = plots.ratios(f"ratio-{phase}", rows, design["margin"], numbers)
         yield Figure(f"{phase.capitalize()} ratios", drawing, f"Right is faster.{less_exact}")
     for phase in PHASES:
-        drawing = plots.blocks_over_time(f"blocks-{phase}", labels, records, phase)
-        told = f"Drift moves all lines; warm-up blocks are left out.{less_exact}"
-        yield Figure(f"{phase.capitalize()} blocks as they ran", drawing, told)
+        drawing, told = timeplots.blocks_over_time(f"blocks-{phase}", list(numbers), timed, phase) or (None, "")
+        title = f"{phase.capitalize()} blocks as they ran"
+        yield Figure(title, drawing, told + less_exact, wide=timeplots.is_wide(timed))
     twins = {arm["label"] for arm in arms if arm["role"] == "aa"}
-    yield from _timelines([record for record in records if record["kind"] == "pipeline" and record["arm"] not in twins])
+    passes = [record for record in records if record["kind"] == "pipeline" and record["arm"] not in twins]
+    yield from _timelines(passes, numbers)
 
 
-def _timelines(records: Sequence[Record]) -> Iterator[Figure]:
+def _over_time(telemetry: Telemetry | None, records: Sequence[Record], numbers: Mapping[str, int]) -> Figure | None:
+    """What the counters said while arms took turns; None without samples."""
+    drawn = timeplots.telemetry_over_time("telemetry", telemetry, records, numbers)
+    return Figure("Telemetry over time", *drawn, wide=True) if drawn else None
+
+
+def _timelines(records: Sequence[Record], numbers: Mapping[str, int]) -> Iterator[Figure]:
     """The first pipeline pass of every arm."""
     seen = set()
     for record in records:
@@ -194,7 +228,8 @@ def _timelines(records: Sequence[Record]) -> Iterator[Figure]:
             events = [event for event in record["events"] if event["phase"] == phase]
             drawn = plots.timeline(f"pipeline-{len(seen)}-{phase}", events, stages)
             if drawn:
-                yield Figure(f"Pipeline of {record['arm']}, {phase}", *drawn, wide=True)
+                arms = (numbers[record["arm"]],)
+                yield Figure(f"Pipeline of {record['arm']}, {phase}", *drawn, wide=True, arms=arms)
 
 
 def _layouts(design: Json) -> dict[str, tuple[ModelSpec, Layout] | str]:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -11,11 +11,11 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter
 
-from headgrid.experiment.records import Record, block_times
-from headgrid.report.format import NOT_MEASURED, duration, percent, ratio, significant
-from headgrid.report.svg import BAD, BAND, GOOD, INK, MUTED, PAPER, RULE, SERIES, inline
+from headgrid.report.format import NOT_MEASURED, percent, ratio, significant
+from headgrid.report.svg import BAD, BAND, GOOD, INK, MUTED, PAPER, RULE, SERIES, Marks, inline
 
 WIDTH = 5.2  # inches of 72 units: half of a desktop page, all of a phone's
 WIDE = 11.0
@@ -39,7 +39,8 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def axes_of(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches with one set of axes: no frame, no background."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -48,13 +49,21 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finish(figure: Figure, name: str, alternative: str) -> Markup:
+def finish(figure: Figure, name: str, alternative: str, marks: Marks | None = None, *, rows: bool = False) -> Markup:
+    """The drawing as an element; `rows`: its y axis counts rows, so that some may be taken out."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer)
-    return inline(buffer.getvalue(), name, alternative)
+    return inline(buffer.getvalue(), name, alternative, marks or (), _pitch(figure) if rows else 0.0)
 
 
-def _grouped(value: float, _: float | None) -> str:
+def _pitch(figure: Figure) -> float:
+    """Height of one row in units of the drawing, known once it has been laid out."""
+    (axes,) = figure.axes
+    bottom, top = axes.get_ylim()
+    return axes.get_position().height * figure.get_figheight() * 72 / abs(top - bottom)
+
+
+def grouped(value: float, _: float | None) -> str:
     """A tick's figure as the tables write it: 100,000."""
     return f"{value:,.10g}"
 
@@ -66,86 +75,60 @@ def short(label: str, length: int = 26) -> str:
 
 def bars(name: str, arms: Sequence[Mapping[str, Any]], key: str, scale: float, unit: str) -> Markup | None:
     """Mean of the figure `key` for each arm as a bar, with error bars of two SDs on either side."""
-    shown = [(arm["label"], arm[key]) for arm in arms if arm[key] is not None]
+    shown = [(number, arm["label"], arm[key]) for number, arm in enumerate(arms) if arm[key] is not None]
     if not shown:
         return None
+    marks = Marks()
     with matplotlib.rc_context(SETTINGS):
-        figure, axes = _axes(WIDTH, 0.75 + 0.36 * len(shown))
-        means = [values["mean"] * scale for _, values in shown]
-        axes.barh(range(len(shown)), means, height=0.62, color=SERIES[0], alpha=0.35)
-        for row, (_, values) in enumerate(shown):
-            spread = 2 * scale * (values["sd"] or 0.0)
-            if spread:
-                axes.errorbar(means[row], row, xerr=spread, color=INK, capsize=3.5, linewidth=1.2, capthick=1.2)
-            text, place = significant(means[row], 4), (means[row] + spread, row)
-            axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=TEXT - 1)
-        axes.set_yticks(range(len(shown)), [short(label) for label, _ in shown], color=INK)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.2 * max(scale * (values["mean"] + 2 * (values["sd"] or 0.0)) for _, values in shown))
+        figure, axes = axes_of(WIDTH, 0.75 + 0.36 * len(shown))
+        for row, (number, label, values) in enumerate(shown):
+            told = f"{label}: {figure_text(values, scale)} {unit}"
+            _bar(axes, row, values["mean"] * scale, 2 * scale * (values["sd"] or 0.0), marks, (number, told))
+        label_rows(axes, [(number, label) for number, label, _ in shown], marks)
+        axes.set_xlim(0, 1.2 * max(scale * (values["mean"] + 2 * (values["sd"] or 0.0)) for *_, values in shown))
         axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter(FuncFormatter(_grouped))
+        axes.xaxis.set_major_formatter(FuncFormatter(grouped))
         axes.set_xlabel(f"{unit}; error bars ±2 SD")
-        parts = (f"{label} {significant(mean, 4)}" for (label, _), mean in zip(shown, means, strict=True))
-        return _finish(figure, name, f"Bar chart, {unit}: {'; '.join(parts)}.")
+        parts = (f"{label} {significant(values['mean'] * scale, 4)}" for _, label, values in shown)
+        return finish(figure, name, f"Bar chart, {unit}: {'; '.join(parts)}.", marks, rows=True)
 
 
-def blocks_over_time(name: str, labels: Sequence[str], records: Sequence[Record], phase: Any) -> Markup | None:
-    """Time of every timed block in the order of launches and blocks, one line for each arm."""
-    times = {label: block_times(records, label, phase) for label in labels}
-    keys = sorted({key for series in times.values() for key in series})
-    if not keys:
-        return None
-    place = {key: index for index, key in enumerate(keys)}
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _axes(WIDTH, 3.0)
-        for index, (label, series) in enumerate(times.items()):
-            for launch in sorted({key.launch for key in series}):
-                mine = sorted(key for key in series if key.launch == launch)
-                axes.plot(
-                    [place[key] for key in mine],
-                    [series[key] * 1e3 for key in mine],
-                    color=SERIES[index % len(SERIES)],
-                    marker=_MARKERS[index % len(_MARKERS)],
-                    markersize=3.6,
-                    linewidth=0.9,
-                    linestyle=_LINES[index // len(SERIES) % len(_LINES)],
-                    label=short(label) if launch == keys[0].launch else None,
-                )
-        _mark_launches(axes, place)
-        axes.grid(axis="y", color=RULE, linewidth=0.6)
-        axes.yaxis.set_major_formatter(FuncFormatter(_grouped))
-        axes.set_ylabel("block time, ms")
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
-        drifts = (f"{label} {_range(series.values())}" for label, series in times.items() if series)
-        return _finish(figure, name, f"Block times in the order they ran, shortest to longest: {'; '.join(drifts)}.")
+def figure_text(values: Mapping[str, Any], scale: float) -> str:
+    """A figure with its SD, for those who point at it."""
+    sd = f" ± {significant(values['sd'] * scale, 2)} (SD)" if values["sd"] is not None else ""
+    return f"{significant(values['mean'] * scale, 6)}{sd}"
 
 
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES = ("solid", "dashed", "dotted")
-"""For arms beyond the number of colours."""
+def _bar(axes: Axes, row: int, mean: float, spread: float, marks: Marks, told: tuple[int, str]) -> None:
+    number, text = told
+    axes.barh(row, mean, height=0.62, color=SERIES[0], alpha=0.35)[0].set_gid(marks.add(number, text=text, row=row))
+    if spread:
+        ends = [mean - spread, mean + spread]
+        (line,) = axes.plot(ends, [row, row], "|-", color=INK, markersize=7, linewidth=1.2, markeredgewidth=1.2)
+        line.set_gid(marks.add(number, text=text, row=row))
+    place = (mean + spread, row)
+    figure = axes.annotate(
+        significant(mean, 4), place, (6, 0), textcoords="offset points", va="center", fontsize=TEXT - 1
+    )
+    figure.set_gid(marks.add(number, row=row))
 
 
-def _range(seconds: Iterable[float]) -> str:
-    listed = list(seconds)
-    return f"{duration(min(listed))} to {duration(max(listed))}"
+def label_rows(axes: Axes, arms: Sequence[tuple[int, str]], marks: Marks) -> None:
+    """Arms, by number and label, beside an axis that counts rows downwards."""
+    axes.set_yticks(range(len(arms)), [short(label) for _, label in arms], color=INK)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    for row, (text, (number, _)) in enumerate(zip(axes.get_yticklabels(), arms, strict=True)):
+        text.set_gid(marks.add(number, row=row))
 
 
-def _mark_launches(axes: Axes, place: Mapping[Any, int]) -> None:
-    firsts = {}
-    for key, index in place.items():
-        firsts.setdefault(key.launch, index)
-    for index in list(firsts.values())[1:]:
-        axes.axvline(index - 0.5, color=RULE, linewidth=0.8)
-    axes.set_xticks(list(firsts.values()), [f"launch {k}" if k == min(firsts) else str(k) for k in firsts], ha="left")
-
-
-def ratios(name: str, rows: Sequence[Mapping[str, Any]], margin: float) -> Markup | None:
-    """Throughput ratios with their intervals against the margin band."""
+def ratios(name: str, rows: Sequence[Mapping[str, Any]], margin: float, numbers: Mapping[str, int]) -> Markup | None:
+    """Throughput ratios with their intervals against the margin band; `numbers` of the arms by their labels."""
     shown = [row for row in rows if row["ratio"] is not None]
     if not shown:
         return None
+    marks = Marks()
     with matplotlib.rc_context(SETTINGS):
-        figure, axes = _axes(WIDTH, 0.7 + 0.44 * len(shown))
+        figure, axes = axes_of(WIDTH, 0.7 + 0.44 * len(shown))
         axes.axvspan(1 / (1 + margin), 1 + margin, color=BAND, linewidth=0)
         axes.axvline(1, color=MUTED, linewidth=0.8)
         edges = [edge for row in shown for edge in (row["ci95"] or [row["ratio"]])] + [1 / (1 + margin), 1 + margin]
@@ -153,24 +136,25 @@ def ratios(name: str, rows: Sequence[Mapping[str, Any]], margin: float) -> Marku
         pad = 0.06 * (right - left)
         for index, row in enumerate(shown):
             colour = {"faster": GOOD, "slower": BAD}.get(row["verdict"], INK)
+            told = {"text": _ratio_text(row), "row": index}
+            arms = (numbers[row["a"]], numbers[row["b"]])
             if row["ci95"]:
-                axes.plot(row["ci95"], [index, index], color=colour, linewidth=2.2, solid_capstyle="butt")
+                (line,) = axes.plot(row["ci95"], [index, index], color=colour, linewidth=2.2, solid_capstyle="butt")
+                line.set_gid(marks.add(*arms, **told))
             fill = colour if row["ci95"] else PAPER
-            axes.plot(row["ratio"], index, "o", color=colour, markerfacecolor=fill, markersize=5)
-            text = f"{short(row['a'])} / {short(row['b'])}"
-            axes.annotate(
-                text,
-                (0, index - 0.2),
-                xycoords=("axes fraction", "data"),
-                va="bottom",
-                fontsize=TEXT - 1.5,
-                bbox=_CLEAR,
-            )
+            (dot,) = axes.plot(row["ratio"], index, "o", color=colour, markerfacecolor=fill, markersize=5)
+            dot.set_gid(marks.add(*arms, **told))
+            _name_ratio(axes, row, index).set_gid(marks.add(*arms, **told))
         axes.set_xlim(left - pad, right + pad)
         axes.set_ylim(len(shown) - 0.6, -0.95)
         axes.set_yticks([])
         axes.set_xlabel(f"throughput ratio with 95 % interval; band: margin of ±{percent(margin)}")
-        return _finish(figure, name, f"Throughput ratios: {'; '.join(map(_ratio_text, shown))}.")
+        return finish(figure, name, f"Throughput ratios: {'; '.join(map(_ratio_text, shown))}.", marks, rows=True)
+
+
+def _name_ratio(axes: Axes, row: Mapping[str, Any], index: int) -> Annotation:
+    place, text = (0, index - 0.2), f"{short(row['a'])} / {short(row['b'])}"
+    return axes.annotate(text, place, xycoords=("axes fraction", "data"), va="bottom", fontsize=TEXT - 1.5, bbox=_CLEAR)
 
 
 _CLEAR = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
@@ -192,21 +176,27 @@ def timeline(name: str, events: Sequence[Mapping[str, Any]], stages: int) -> tup
     start, end = min(e["start_s"] for e in shown), max(e["end_s"] for e in shown)
     scale, unit = (1e3, "ms") if end - start >= 1e-3 else (1e6, "µs")
     with matplotlib.rc_context(SETTINGS):
-        figure, axes = _axes(WIDE, 0.65 + 0.42 * stages)
-        every = _label_every(shown, end - start)
+        figure, axes = axes_of(WIDE, 0.65 + 0.42 * stages)
+        every, marks = _label_every(shown, end - start), Marks()
         for event in shown:
             left, width = (event["start_s"] - start) * scale, (event["end_s"] - event["start_s"]) * scale
             colour = SERIES[event["micro_batch"] % len(SERIES)]
-            axes.barh(event["stage"], width, left=left, height=0.74, color=colour, alpha=0.45, edgecolor=PAPER)
+            box = axes.barh(event["stage"], width, left=left, height=0.74, color=colour, alpha=0.45, edgecolor=PAPER)
+            box[0].set_gid(marks.add(text=_event_text(event, left, left + width, unit)))
             if event["micro_batch"] % every == 0:
                 text = str(event["micro_batch"])
                 axes.text(left + width / 2, event["stage"], text, ha="center", va="center", fontsize=TEXT - 1)
         axes.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)], color=INK)
         axes.set_ylim(stages - 0.5, -0.5)
         axes.set_xlim(0, (end - start) * scale)
-        axes.xaxis.set_major_formatter(FuncFormatter(_grouped))
+        axes.xaxis.set_major_formatter(FuncFormatter(grouped))
         axes.set_xlabel(f"{unit} since the first micro-batch started; numbers are micro-batches")
-        return _finish(figure, name, _timeline_text(shown, stages)), _idle(shown, stages, end - start, events)
+        return finish(figure, name, _timeline_text(shown, stages), marks), _idle(shown, stages, end - start, events)
+
+
+def _event_text(event: Mapping[str, Any], start: float, end: float, unit: str) -> str:
+    place = f"stage {event['stage']}, micro-batch {event['micro_batch']}, step {event['step']}"
+    return f"{place}: {start:.4g} to {end:.4g} {unit}"
 
 
 def _label_every(events: Sequence[Mapping[str, Any]], span_s: float) -> int:

@@ -1,6 +1,8 @@
 """SVG that lives inside a page: coloured by the page's style, without metadata, with ids of its own."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -18,21 +20,76 @@ STYLE = dict(
 )
 _COLOUR = re.compile("|".join(STYLE))
 _REFERENCE = re.compile(r"#(?=[\w-])")
+_FINER = re.compile(r"(\.\d\d)\d+")
+_PLACES = ("d", "x", "y", "width", "height", "points")
+"""Attributes whose numbers are places on a page of some hundred units: two decimals are more than a screen shows."""
+_MARK = re.compile(r"mark-(\d+)")
 
 
-def inline(drawing: str, name: str, alternative: str) -> Markup:
-    """`drawing` (an SVG document) as an element for HTML: `name` keeps ids apart, `alternative` is its text."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What one group of a drawing stands for: shown and hidden with its arms, told when it is pointed at.
+
+    `arms`: numbers of the arms in the summary. `row`: from the top, where a drawing has a row for each arm or pair.
+    `points`: which blocks its marks are, in the order of the page's data.
+    """
+
+    arms: tuple[int, ...]
+    text: str = ""
+    row: int | None = None
+    points: tuple[int, ...] = ()
+
+
+class Marks(list[Mark]):
+    """The marks of one drawing."""
+
+    def add(self, *arms: int, text: str = "", row: int | None = None, points: Sequence[int] = ()) -> str:
+        """Note a mark; returns the id that its element has to have in the drawing."""
+        self.append(Mark(arms, text, row, tuple(points)))
+        return f"mark-{len(self) - 1}"
+
+
+def inline(drawing: str, name: str, alternative: str, marks: Sequence[Mark] = (), pitch: float = 0.0) -> Markup:
+    """`drawing` (an SVG document) as an element for HTML: `name` keeps ids apart, `alternative` is its text.
+
+    `marks`: what the elements with ids of `Marks.add` stand for. `pitch`: of the rows, if a row may be taken out.
+    """
     root = ElementTree.fromstring(drawing)
     for parent in list(root.iter()):
         for child in [child for child in parent if _local(child.tag) in ("metadata", "style")]:
             parent.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)
+    for element in list(root.iter()):
+        if found := _MARK.fullmatch(element.get("id", "")):
+            _note(element, marks[int(found[1])])
+    for element in root.iter():
         element.attrib = {_local(key): _attribute(_local(key), value, name) for key, value in element.attrib.items()}
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
-    root.attrib.update({"role": "img", "aria-label": alternative})
+    root.attrib.update({"role": "img", "aria-label": alternative} | ({"data-pitch": f"{pitch:.3f}"} if pitch else {}))
     return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _note(element: ElementTree.Element, mark: Mark) -> None:
+    """Data attributes for the page's script, and a title, which a browser shows without one."""
+    del element.attrib["id"]
+    if mark.arms:
+        element.set("data-arms", " ".join(map(str, mark.arms)))
+    if mark.row is not None:
+        element.set("data-row", str(mark.row))
+    drawn = list(element.iter("use"))
+    if len(drawn) == len(mark.points):  # else a mark lay outside of the drawing: no read-out rather than a wrong one
+        for use, point in zip(drawn, mark.points, strict=True):
+            use.set("data-point", str(point))
+    if len({use.get("style") for use in drawn}) == 1:  # said once for all of them
+        element.set("style", drawn[0].attrib.get("style", ""))
+        for use in drawn:
+            use.attrib.pop("style", None)
+    if mark.text:
+        title = ElementTree.Element("title")
+        title.text = mark.text
+        element.insert(0, title)
 
 
 _ON_PAPER = {"ink": "#24292f", "muted": "#6b7280", "paper": "#ffffff"}
@@ -56,4 +113,4 @@ def _attribute(key: str, value: str, name: str) -> str:
         return _REFERENCE.sub(f"#{name}-", value, count=1)
     if key in ("style", "fill", "stroke"):
         return _COLOUR.sub(lambda match: f"var(--{STYLE[match.group()]})", value)
-    return value
+    return _FINER.sub(r"\1", value) if key in _PLACES else value

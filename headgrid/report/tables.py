@@ -1,7 +1,7 @@
 """The tables of a report: the seed's, filled with our figures, and those that say whether to believe them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headgrid.experiment.records import BlockKey, Phase, Record, block_times
@@ -17,11 +17,17 @@ NOT_APPLICABLE = "\N{EN DASH}"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell: its text, its class in the style sheet, and how many rows it spans."""
+    """One cell: its text, its class in the style sheet, and how many rows it spans.
+
+    `arms`: labels of those that its row is about, for a cell that names a row. `value`: what to sort by, where the text
+    does not tell, as of sizes in several units.
+    """
 
     text: str
     css: str = ""
     rowspan: int = 1
+    arms: tuple[str, ...] = ()
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,20 @@ class Table:
     rows: list[list[Cell]]
     note: str = ""
     level: int = 3
+    columns: tuple[str, ...] = ()
+    """Of each column the label of the arm that it is about, or nothing."""
+    sortable: bool = True
+    """Whether rows can be compared: counters of different kinds cannot."""
+
+    @property
+    def groups(self) -> list[tuple[tuple[str, ...], list[list[Cell]]]]:
+        """Rows that belong together, as those of one arm, and whose they are: a group begins with a name."""
+        found: list[tuple[tuple[str, ...], list[list[Cell]]]] = []
+        for row in self.rows:
+            if not found or row[0].css == "name":
+                found.append((row[0].arms, []))
+            found[-1][1].append(row)
+        return found
 
     @property
     def numeric(self) -> frozenset[int]:
@@ -45,8 +65,12 @@ def _cells(texts: Iterable[str], css: str = "number") -> list[Cell]:
     return [Cell(text, f"{css} unknown" if text == NOT_MEASURED else css) for text in texts]
 
 
-def _name(text: str, rowspan: int = 1) -> Cell:
-    return Cell(text, "name", rowspan)
+def _name(text: str) -> Cell:
+    return Cell(text, "name")
+
+
+def _arm(arm: Mapping[str, Any], rowspan: int = 1) -> Cell:
+    return Cell(named(arm), "name", rowspan, (arm["label"],))
 
 
 def _yes(value: bool | None) -> Cell:
@@ -91,7 +115,7 @@ def _verdict_rows(arm: Mapping[str, Any]) -> Iterator[list[Cell]]:
         row = [Cell(phase), *_cells((*texts, fmt.scientific(figures.get("max_abs_error"))))]
         if number == 0:
             verified = _yes(arm["verified"] if arm["verify"] else None)
-            row = [_name(named(arm), len(PHASES)), Cell(verified.text, verified.css, len(PHASES)), *row]
+            row = [_arm(arm, len(PHASES)), Cell(verified.text, verified.css, len(PHASES)), *row]
             row.append(Cell(_greedy(check["greedy"]), "", len(PHASES)))
         yield row
 
@@ -133,7 +157,7 @@ def performance(summary: Summary) -> Table:
         marks = [sign(summary, phase, arm["label"]) for phase in PHASES]
         texts = [signed(prefill[index][0], marks[0]), *prefill[index][1:], signed(decode[index][0], marks[1])]
         texts += [decode[index][1], signed(tpot[index][0], marks[1]), *tpot[index][1:], units]
-        rows.append([_name(named(arm)), *_cells(texts)])
+        rows.append([_arm(arm), *_cells(texts)])
     return Table("Performance metrics", head, rows, _performance_note(summary))
 
 
@@ -199,7 +223,7 @@ def _comparison(row: Mapping[str, Any], called: Mapping[str, str], mark: str) ->
     ratio, ci95 = fmt.ratio(row["ratio"], row["ci95"])
     texts = (signed(ratio, mark), ci95, *(fmt.change(change) for change in changes))
     return [
-        _name(f"{called[row['a']]} / {called[row['b']]}"),
+        Cell(f"{called[row['a']]} / {called[row['b']]}", "name", arms=(row["a"], row["b"])),
         *_cells(texts),
         Cell(row["verdict"], VERDICT_CSS.get(row["verdict"], "")),
         *_cells([str(row["n"])]),
@@ -233,12 +257,14 @@ def _memory_rows(arm: Mapping[str, Any], divisor: int) -> Iterator[list[Cell]]:
     for number, values in enumerate((measured, predicted)):
         columns = (*MEMORY_PARTS, "total")
         texts = [_share((values or {}).get(part), divisor) for part in columns]
-        row = [Cell(("measured", "predicted")[number]), *_cells(texts, "number" if number == 0 else "number quiet")]
+        cells = _cells(texts, "number" if number == 0 else "number quiet")
+        sized = [replace(cell, value=(values or {}).get(part)) for cell, part in zip(cells, columns, strict=True)]
+        row = [Cell(("measured", "predicted")[number]), *sized]
         if number == 0:
             both = measured and predicted and measured["total"] and predicted["total"]
             change = measured["total"] / predicted["total"] - 1 if both else None
             text = fmt.change(change)
-            row = [_name(named(arm), 2), *row, Cell(text, "number" if both else "number unknown", 2)]
+            row = [_arm(arm, 2), *row, Cell(text, "number" if both else "number unknown", 2)]
         yield row
 
 
@@ -277,7 +303,7 @@ def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> I
     ops = [op for op in arm["traffic"] if op["phase"] == phase]
     if not ops:  # an arm is verified after its traffic was watched
         yield [
-            _name(named(arm)),
+            _arm(arm),
             *_cells(["none issued" if arm["verified"] else NOT_MEASURED] + [NOT_APPLICABLE] * 2, ""),
             *_cells([NOT_APPLICABLE] * 5),
             Cell(NOT_APPLICABLE),
@@ -288,7 +314,7 @@ def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> I
         row = [Cell(op["collective"]), Cell(op["axis"]), Cell("each layer" if op["per_layer"] else "not per layer")]
         row += _cells((f"{op['calls']:,}", fmt.size(op["bytes_per_rank"]), fmt.duration(op["time_s"])))
         row += _cells((_per(op["bytes_per_rank"], share, fmt.size), _per(op["time_s"], share, fmt.duration)))
-        head = [_name(named(arm), len(ops) + (len(ops) > 1))] if number == 0 else []
+        head = [_arm(arm, len(ops) + (len(ops) > 1))] if number == 0 else []
         yield [*head, *row, _yes(op["as_predicted"])]
     if len(ops) > 1:
         texts = (f"{total[0]:,}", fmt.size(total[1]), fmt.duration(total[2]), NOT_APPLICABLE, NOT_APPLICABLE)
@@ -324,7 +350,7 @@ def validation(summary: Summary, records: Sequence[Record]) -> Table:
         [_name("Isolation from other work"), *_cells([isolation_line(summary)], "")],
         [_name("GPU, memory bandwidth and NVLink utilization"), *_cells([sampling_line(summary)], "")],
     ]
-    return Table("Validation checks", ("Check", "Result"), rows)
+    return Table("Validation checks", ("Check", "Result"), rows, sortable=False)
 
 
 def _accuracy(summary: Summary) -> str:
@@ -367,4 +393,5 @@ def all_blocks(labels: Mapping[str, str], records: Sequence[Record], phase: Phas
         ]
         for key in keys
     ]
-    return Table(f"Time of every {phase} block, ms (slowest rank)", ("Block", *labels.values()), rows, level=4)
+    title, head = f"Time of every {phase} block, ms (slowest rank)", ("Block", *labels.values())
+    return Table(title, head, rows, level=4, columns=("", *labels))

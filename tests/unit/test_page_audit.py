@@ -93,6 +93,8 @@ def test_the_folder_may_be_moved_and_named_otherwise(
         ("GPU_CLOCKS_DIFFER", "GPU_CLOCKS_AGREE"),  # isolation
         (">690", ">390"),  # telemetry
         ("<td", "<td>7,777</td><td"),  # a figure more
+        ('"exploratory"', '"declared"'),  # the data behind the script
+        ('"use strict"', '"use nothing"'),  # the script
     ],
 )
 def test_an_edited_page_is_rejected_and_the_place_is_quoted(

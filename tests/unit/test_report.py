@@ -1,62 +1,34 @@
 """The report: complete, truthful about what is unknown, inert whatever the labels are, and readable by a browser."""
 
+import base64
+import hashlib
 import html
+import json
 import re
-import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
+from statistics import correlation
 from typing import Any
 
 import pytest
+from report_fixture import HOSTILE, Reader, hostile_page, page
 from run_fixture import ARMS, make_design, make_env, make_records, pipeline
+from telemetry_fixture import Run
 
+from headgrid.experiment.isolation import judge
+from headgrid.experiment.records import block_times
 from headgrid.experiment.stats import summarise
+from headgrid.experiment.summary import summary_of
 from headgrid.report import format as fmt
 from headgrid.report.html import outcome, render
+from headgrid.report.pairs import DECLARED, EXPLORATORY, every_pair
 
-HOSTILE = "<script>alert(1)</script>\"'$\\frac{1}{0}$ & <img src=x onerror=alert(2)>"
-
-
-def page(design: dict[str, Any] | None = None, records: list | None = None, **changes: Any) -> str:
-    design = design or make_design()
-    records = make_records(design, **changes) if records is None else records
-    return render(design, make_env(), records, summarise(design, records))
+DATA = {"type": "application/json", "id": "data"}
 
 
-class Reader(HTMLParser):
-    """Tags with their attributes, visible text, and whether all elements are closed in order."""
-
-    VOID = ("meta", "link", "br", "img", "input")
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
+def embedded(source: str) -> dict[str, Any]:
+    """The data of a page, as its script reads them."""
+    return json.loads(source.partition('id="data">')[2].partition("</script>")[0])
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +96,7 @@ def test_unknown_is_said_never_blank_or_nan() -> None:
     for reader in (one_block, nothing):
         assert "not measured" in reader.text
         assert not re.search(r"\b(nan|NaN|inf|Infinity|None|null|undefined)\b", reader.text)
-    cells = re.findall(r"<tbody>.*?</tbody>", page(design, []), re.DOTALL)
+    cells = re.findall(r"<tbody[^>]*>.*?</tbody>", page(design, []), re.DOTALL)
     assert cells and not any("></td>" in body for body in cells)
     assert "no arm has been checked" in nothing.text.lower()
 
@@ -206,47 +178,136 @@ def test_timeline_shows_each_micro_batch() -> None:
 # --- safety ----------------------------------------------------------------------------------------------------------
 
 
-def hostile_page() -> str:
-    arms = [{**arm, "label": f"{arm['label']} {HOSTILE}", "layout": arm["layout"]} for arm in ARMS]
-    arms.append({"label": "z", "layout": HOSTILE, "role": "arm"})
-    design = make_design(arms=arms, name=HOSTILE, protocol=HOSTILE, control=HOSTILE)
-    design["model"]["name"] = HOSTILE
-    records = make_records(design)
-    for record in records:
-        if record["kind"] == "verify":
-            record["reason"] = HOSTILE
-            record["verified"] = record["arm"] != "z"
-        if record["kind"] == "traffic":
-            record["ops"][0]["collective"] = HOSTILE
-        if record["kind"] == "memory":
-            record["measured_by"] = HOSTILE
-    env = {**make_env(), HOSTILE: {HOSTILE: HOSTILE}}
-    return render(design, env, records, summarise(design, records))
-
-
 def test_hostile_names_are_inert() -> None:
     source = hostile_page()
     reader = Reader(source)
-    names = {tag for tag, _ in reader.tags}
-    assert "script" not in names and "img" not in names
+    assert [attributes for tag, attributes in reader.tags if tag == "script"] == [DATA, {}], "ours, and no other"
+    assert "img" not in {tag for tag, _ in reader.tags}
     assert not [key for _, attributes in reader.tags for key in attributes if key.startswith("on")]
     assert "<script>alert(1)</script>" in reader.text, "shown as the text that it is"
     assert html.escape("<script>alert(1)</script>") in source
+
+
+def test_names_do_not_turn_round_what_follows_them() -> None:
+    """Overrides of direction, separators and control characters are shown by their numbers, drawn or embedded too."""
+    assert any(character in HOSTILE for character in "\u202e\u2066\u2028\x1b")
+    source = hostile_page()
+    assert not re.search("[\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f]", source)
+    assert "⟨U+202E⟩" in Reader(source).text
+    source.encode("utf-8")  # also halves of a pair
+
+
+def test_embedded_data_is_the_runs() -> None:
+    design = make_design()
+    records = make_records(design, unverified=("tp16",))
+    data = embedded(page(design, records))
+    assert [arm["label"] for arm in data["arms"]] == [arm["label"] for arm in ARMS]
+    rows = [dict(zip(data["columns"], row, strict=True)) for row in data["blocks"]]
+    numbers = {arm["label"]: number for number, arm in enumerate(data["arms"])}
+    assert {row["arm"] for row in rows} == {0, 1, 2, 3} and numbers["tp16"] == 4, "no times of what is not verified"
+    for label, phase in (("n4m4:batch", "prefill"), ("tp8pp2", "decode")):
+        mine = {
+            (r["launch"], r["block"]): r[f"{phase}_s"] for r in rows if r["arm"] == numbers[label] and not r["warm_up"]
+        }
+        assert mine == block_times(records, label, phase)
+    assert sum(row["warm_up"] for row in rows) == 4 * design["launches"] * design["warmup_blocks"]
+    assert all(square[numbers["tp16"]][0][0] == "not measured" for square in data["pairs"].values())
+
+
+def test_the_script_is_allowed_by_its_hash_and_by_nothing_else() -> None:
+    source = page()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', source)
+    script = source.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    expected = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:;"
+    assert policy == f"{expected} base-uri 'none'; form-action 'none'"
+    unsafe = r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(|fetch|\bimport\b|Storage"
+    assert not re.search(unsafe, script)
+    assert "<!--" not in script and len(script.splitlines()) < 400
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_of_the_summary_are_copied_and_the_others_computed_alike() -> None:
+    """Each other pair against the summary of a design whose baseline makes it a declared one."""
+    design = make_design()
+    records = make_records(design)
+    squares = every_pair(summarise(design, records), records, design["margin"])
+    labels = [arm["label"] for arm in design["arms"]]
+    kinds = [row[-1] for square in squares.values() for line in square for row in line if row]
+    assert {kind: kinds.count(kind) for kind in kinds} == {DECLARED: 2 * 2 * 7, EXPLORATORY: 2 * 2 * 3}
+    for base in labels:
+        roles = [{**arm, "role": "baseline" if arm["label"] == base else "arm"} for arm in design["arms"]]
+        for row in summarise({**design, "arms": roles}, records)["comparisons"]:
+            found = squares[row["phase"]][labels.index(row["a"])][labels.index(row["b"])]
+            ratio, ci95 = fmt.ratio(row["ratio"], row["ci95"])
+            assert found is not None and found[:3] == (ratio, ci95, row["verdict"])
+
+
+def test_a_pair_the_other_way_round_is_its_inverse() -> None:
+    design = make_design()
+    records = make_records(design)
+    summary = summarise(design, records)
+    square = every_pair(summary, records, design["margin"])["prefill"]
+    row = next(row for row in summary["comparisons"] if row["verdict"] == "faster" and row["phase"] == "prefill")
+    labels = [arm["label"] for arm in design["arms"]]
+    turned = square[labels.index(row["b"])][labels.index(row["a"])]
+    assert turned is not None and turned[2] == "slower"
+    assert turned[:2] == fmt.ratio(1 / row["ratio"], [1 / row["ci95"][1], 1 / row["ci95"][0]])
+
+
+# --- drawings over time ----------------------------------------------------------------------------------------------
+
+
+def test_marks_of_blocks_are_where_their_times_put_them() -> None:
+    """Height against seconds: within an arm's row a straight line, up being slower, warm-up apart."""
+    design = make_design()
+    records = make_records(design)
+    source = page(design, records)
+    rows = embedded(source)["blocks"]
+    drawing = source[source.index("Prefill blocks as they ran") :].partition("</svg>")[0]
+    places = re.findall(r'<use [^>]*?y="([\d.]+)"[^>]*? data-point="(\d+)"', drawing)
+    assert sorted(int(point) for _, point in places) == list(range(len(rows)))
+    heights = {int(point): float(y) for y, point in places}
+    for arm in (0, 2):
+        mine = [(n, row) for n, row in enumerate(rows) if row[0] == arm and not row[4]]
+        seconds, ys = [row[5] for _, row in mine], [heights[n] for n, _ in mine]
+        assert correlation(seconds, ys) < -0.9999
+        assert correlation(seconds[1:], ys[:-1]) > -0.9, "the same of other blocks is no line: the test can fail"
+
+
+def test_flagged_blocks_are_marked_and_named() -> None:
+    design = make_design()
+    records = make_records(design)
+    summary = summarise(design, records)
+    flag = {"launch": 1, "block": 2, "arm": "tp16", "verdict": "SUSPECT", "codes": ["CPU_STEAL"]}
+    summary["isolation"] = judge(design, records, None) | {"flagged": [flag]}
+    source = render(design, make_env(), records, summary)
+    flagged = [row for row in embedded(source)["blocks"] if row[-1]]
+    assert [row[:3] + row[-2:] for row in flagged] == [[4, 1, 2, "SUSPECT", "CPU_STEAL"]]
+    assert source.count("Red rings") == 2 and "Red rings" not in page(design, records)
+
+
+def test_telemetry_is_drawn_from_the_first_timed_block_on() -> None:
+    run = Run(blocks=3)
+    summary = summary_of(run.design, run.records, run.telemetry)
+    with_samples = render(run.design, make_env(), run.records, summary, run.telemetry)
+    assert "Telemetry over time: SM clock 1,755 to 1,755 MHz" in with_samples
+    assert with_samples.count("decode, ") >= 9 and "Telemetry over time" not in render(
+        run.design, make_env(), run.records, summary
+    )
 
 
 def test_page_refers_to_nothing_outside(good: Reader) -> None:
     allowed = re.compile(r"^(#|data:)")
     for tag, attributes in good.tags:
         for key, value in attributes.items():
+            assert (tag, key) != ("script", "src")
             if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
                 assert allowed.match(value or ""), (tag, key, value)
             assert "url(http" not in (value or "")
-    assert {tag for tag, _ in good.tags} & {"script", "iframe", "object", "embed", "base", "form"} == set()
-
-
-def test_policy_forbids_everything_but_inline_style(good: Reader) -> None:
-    (policy,) = [a["content"] for tag, a in good.tags if tag == "meta" and a.get("http-equiv")]
-    assert (policy or "").startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
+    assert {tag for tag, _ in good.tags} & {"iframe", "object", "embed", "base", "form"} == set()
 
 
 def test_ids_are_unique_and_references_resolve() -> None:
@@ -285,8 +346,8 @@ def test_same_input_same_page() -> None:
         (fmt.significant(0.0), "0"),
         (fmt.significant(None), "not measured"),
         (fmt.significant(float("nan")), "not measured"),
-        (fmt.scientific(4.51e-7), f"4.5 {fmt.TIMES} 10⁻⁷"),
-        (fmt.scientific(0.79), f"7.9 {fmt.TIMES} 10⁻¹"),
+        (fmt.scientific(4.51e-7), f"4.5\N{NO-BREAK SPACE}{fmt.TIMES}\N{NO-BREAK SPACE}10⁻⁷"),
+        (fmt.scientific(0.79), f"7.9\N{NO-BREAK SPACE}{fmt.TIMES}\N{NO-BREAK SPACE}10⁻¹"),
         (fmt.scientific(0), "0"),
         (fmt.duration(0.0105), "10.5 ms"),
         (fmt.duration(0.00021), "210 µs"),
@@ -323,73 +384,3 @@ def test_a_column_shares_its_decimals() -> None:
 def test_report_does_not_load_torch() -> None:
     code = "import sys; import headgrid.report.html; sys.exit(bool({'torch', 'matplotlib.pyplot'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
-
-
-# --- in a browser ----------------------------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium on PATH: the report was not opened in a browser"
-)
-
-
-def browse(path: Path, folder: Path) -> tuple[str, list[str], list[str]]:
-    """The DOM as Chromium builds it, the console's messages, and the URLs that were requested besides the page."""
-    log = folder / "net.json"
-    quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        *quiet,
-        f"--user-data-dir={folder}/profile",
-    ]
-    command += ["--enable-logging=stderr", "--v=0", f"--log-net-log={log}", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, console, _requests(log)
-
-
-def _requests(log: Path) -> list[str]:
-    """URLs in Chromium's network log, without those that Chromium asks for by itself."""
-    found = re.findall(r'"url":"((?:https?|ftp|ws|wss):[^"]*)"', log.read_text())
-    own = re.compile(r"https?://([\w.-]*\.)?(google|googleapis|gstatic|gvt1)\.com")
-    return [url for url in found if not own.match(url)]
-
-
-@needs_chromium
-def test_browser_renders_the_report_without_errors_or_requests(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text(page(), encoding="utf-8")
-    dom, console, requests = browse(path, tmp_path)
-    assert console == []
-    assert requests == []
-    for text in (
-        "Times of 16 ranks on 2 cores say nothing about GPUs",
-        "n4m4:batch / tp8pp2",
-        "rank 15: heads 24 to 31",
-    ):
-        assert text in dom
-    assert dom.count("<svg") == 12 and dom.rstrip().endswith("</html>")
-
-
-@needs_chromium
-def test_browser_runs_nothing_from_hostile_names(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text(hostile_page(), encoding="utf-8")
-    dom, console, requests = browse(path, tmp_path)
-    assert (console, requests) == ([], [])
-    assert "<script" not in dom and "<img" not in dom
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
-
-
-@needs_chromium
-def test_the_browser_test_can_fail(tmp_path: Path) -> None:
-    """The same check sees a script that the policy stops, and without a policy a request."""
-    path = tmp_path / "bad.html"
-    path.write_text(page().replace("</main>", "<script>alert(1)</script></main>"), encoding="utf-8")
-    assert any("Content Security Policy" in line for line in browse(path, tmp_path)[1])
-    path.write_text("<!DOCTYPE html><img src='http://127.0.0.1:9/pixel.png'>", encoding="utf-8")
-    assert browse(path, tmp_path)[2]

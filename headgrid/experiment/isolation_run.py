@@ -1,12 +1,12 @@
 """Codes that the journal alone gives: ranks that lag, drift, dependence between blocks, a cold start."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
 from headgrid.experiment.isolation_evidence import Check, Evidence, Finding
-from headgrid.experiment.records import BlockKey, Phase, block_times, is_verified, latest_attempts, of_kind
+from headgrid.experiment.records import BlockKey, Phase, block_times, by_launch, is_verified, latest_attempts, of_kind
 from headgrid.experiment.telemetry_series import PHASES
 from headgrid.layout.layout import parse_layout
 
@@ -45,13 +45,6 @@ def _skews(evidence: Evidence, arm: str, phase: Phase) -> dict[BlockKey, float]:
     return {key: max(row) / median(row) for key, row in known.items()}
 
 
-def _by_launch(times: Mapping[BlockKey, float]) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
-    for key in sorted(times):
-        found.setdefault(key.launch, []).append(times[key])
-    return found
-
-
 def mann_kendall(values: Sequence[float]) -> float:
     """z of the Mann-Kendall test for a trend, continuity-corrected; 0 without a trend (Mann 1945, Kendall 1975)."""
     n = len(values)
@@ -73,7 +66,7 @@ MAX_TREND_BLOCKS = 200
 def _drift(evidence: Evidence) -> Iterator[Finding]:
     """An arm's time that grows or shrinks over a launch. If all arms share it, ratios within blocks stay right."""
     for label, phase, times in _verified_times(evidence):
-        for launch, series in _by_launch(times).items():
+        for launch, series in by_launch(times).items():
             # the test is quadratic; of long launches every so many blocks are as good
             thinned = series[:: max(1, math.ceil(len(series) / MAX_TREND_BLOCKS))]
             if len(thinned) < DRIFT_BLOCKS or abs(z := mann_kendall(thinned)) < DRIFT_Z:
@@ -94,7 +87,7 @@ def _autocorrelated(evidence: Evidence) -> Iterator[Finding]:
             shared.setdefault((phase, key), []).append(math.log(seconds))
     for label, phase, times in every:
         own = {key: math.log(seconds) - fmean(shared[phase, key]) for key, seconds in times.items()}
-        for launch, series in _by_launch(own).items():
+        for launch, series in by_launch(own).items():
             if len(series) < AUTOCORRELATION_BLOCKS:
                 continue
             r = autocorrelation(series)
@@ -106,6 +99,7 @@ def _autocorrelated(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _slow_first_block(evidence: Evidence) -> Iterator[Finding]:
+    """Of runs from before `steady`, which says it of any number of blocks."""
     found: dict[tuple[str, int], list[float]] = {}
     first: dict[int, int] = {}
     for _, phase, times in _verified_times(evidence):
@@ -132,5 +126,5 @@ CHECKS = (
     Check({"RANK_SKEW": "one rank was much slower than the others"}, _rank_skew, telemetry=False),
     Check({"DRIFT": "times drifted over the blocks"}, _drift, telemetry=False),
     Check({"AUTOCORRELATED": "blocks were not independent"}, _autocorrelated, telemetry=False),
-    Check({"SLOW_FIRST_BLOCK": "the first timed block was slow"}, _slow_first_block, telemetry=False),
+    Check({"SLOW_FIRST_BLOCK": "the first timed block was slow"}, _slow_first_block, telemetry=False, until=1),
 )

@@ -10,13 +10,14 @@ from markupsafe import Markup
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.cautions import cpu_warning
+from headgrid.experiment.multiplicity import claimed
 from headgrid.experiment.records import Phase, Record
 from headgrid.experiment.stats import PHASES
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
-from headgrid.report import conditions, partition, plots, tables
+from headgrid.report import conditions, partition, plots, resolving, tables
 from headgrid.report import format as fmt
-from headgrid.report.naming import caution, names
+from headgrid.report.naming import caution, named, names
 from headgrid.spec.model import ModelSpec
 
 Json = Mapping[str, Any]
@@ -45,6 +46,8 @@ def render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("headgrid.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     layouts = _layouts(design)
+    raw = {arm["label"]: named(arm) for arm in summary["arms"] if arm["verified"]}
+    summary = resolving.contestants(summary)
     labels = [arm["label"] for arm in summary["arms"] if arm["verified"]]
     layers = {text: _layers_per_rank(*parts) for text, parts in layouts.items() if not isinstance(parts, str)}
     return environment.from_string(template).render(
@@ -66,7 +69,7 @@ def render(
         figures=list(_figures(design, records, summary, labels)),
         partitions=list(_partitions(layouts)),
         facts=list(_facts(design, env, records)),
-        raw=[tables.all_blocks({k: names(summary)[k] for k in labels}, records, phase) for phase in PHASES],
+        raw=[tables.all_blocks(raw, records, phase) for phase in PHASES],
     )
 
 
@@ -120,15 +123,15 @@ def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: fl
     if all(row["ci95"] is None for row in known):
         return f"{phase} was timed too seldom for a verdict"
     best = max(known, key=lambda row: row["ratio"])
-    faster = [row for row in known if row["verdict"] == "faster"]
+    faster = [row for row in known if claimed(row) == "faster"]
     if faster:
         best = max(faster, key=lambda row: row["ratio"])
         gain = f"{_gain(best)} more tokens per second than {called[baseline]}{_within(best)}"
         return f"in {phase}, {called[best['a']]} handled {gain}{_without_fp8(best, faster, called)}"
-    if all(row["verdict"] == "slower" for row in known):
+    if all(claimed(row) == "slower" for row in known):
         closest = f"the closest, {called[best['a']]}, by {_gain(best)}"
         return f"in {phase}, every other layout was slower than {called[baseline]}, {closest}"
-    if all(row["verdict"] == "equivalent" for row in known):
+    if all(claimed(row) == "equivalent" for row in known):
         return f"in {phase}, all layouts were as fast as {baseline}, within {fmt.percent(margin)}"
     return f"in {phase}, no layout was shown to be faster than {baseline}"
 
@@ -177,8 +180,8 @@ def _figures(design: Json, records: Sequence[Record], summary: Json, labels: Seq
         drawing = plots.blocks_over_time(f"blocks-{phase}", labels, records, phase)
         told = f"Drift moves all lines; warm-up blocks are left out.{less_exact}"
         yield Figure(f"{phase.capitalize()} blocks as they ran", drawing, told)
-    twins = {arm["label"] for arm in arms if arm["role"] == "aa"}
-    yield from _timelines([record for record in records if record["kind"] == "pipeline" and record["arm"] not in twins])
+    own = {arm["label"] for arm in design["arms"] if arm["role"] in ("aa", "planted")}
+    yield from _timelines([record for record in records if record["kind"] == "pipeline" and record["arm"] not in own])
 
 
 def _timelines(records: Sequence[Record]) -> Iterator[Figure]:

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from headgrid.experiment.multiplicity import claimed
 from headgrid.experiment.records import Record, block_times
 from headgrid.report.format import NOT_MEASURED, duration, percent, ratio, significant
 from headgrid.report.svg import BAD, BAND, GOOD, INK, MUTED, PAPER, RULE, SERIES, inline
@@ -152,7 +153,7 @@ def ratios(name: str, rows: Sequence[Mapping[str, Any]], margin: float) -> Marku
         left, right = min(edges), max(edges)
         pad = 0.06 * (right - left)
         for index, row in enumerate(shown):
-            colour = {"faster": GOOD, "slower": BAD}.get(row["verdict"], INK)
+            colour = {"faster": GOOD, "slower": BAD}.get(claimed(row), INK)
             if row["ci95"]:
                 axes.plot(row["ci95"], [index, index], color=colour, linewidth=2.2, solid_capstyle="butt")
             fill = colour if row["ci95"] else PAPER

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from headgrid.errors import InvalidInput
-from headgrid.experiment.check import clocks, integrity, noise, physics, predictions, sequence, verdicts
+from headgrid.experiment.check import clocks, integrity, noise, physics, predictions, protocol, sequence, verdicts
 from headgrid.experiment.check.finding import Finding, Note, Outcome, Verdict, run_gates, verdict
 from headgrid.experiment.check.result import ArmResult, Figure, Result, read_result
 from headgrid.experiment.check.run import Run, open_folder
+from headgrid.experiment.design import analysis_of
 from headgrid.experiment.journal import JournalError
 from headgrid.experiment.records import block_times, of_kind
-from headgrid.experiment.stats import PHASES, summarise
+from headgrid.experiment.stats import PHASES, UNIT_LAUNCH, summarise
 from headgrid.layout.layout import parse_layout
 from headgrid.spec.hardware import find_hardware
 
@@ -33,16 +34,21 @@ def result_of(run: Run) -> Result:
         hardware = find_hardware(names.pop()) if run.design["device"] == "cuda" and len(names) == 1 else None
     except InvalidInput:
         hardware = None
-    arms = tuple(_arm(row, run.design["ranks"]) for row in summary["arms"] if row["verified"])
+    arms = tuple(_arm(row, run.design["ranks"], analysis_of(run.design)) for row in summary["arms"] if row["verified"])
     name = run.design["name"]
     return Result(name=name, hardware=hardware, model=run.model, workload=run.workload, arms=arms)
 
 
-def _arm(row: dict[str, Any], devices: int) -> ArmResult:
+def _independent(figure: dict[str, Any], analysis: int) -> int | None:
+    """How many independent values an interval is of; None where they may depend, and SD and n do not make it."""
+    return figure["n"] if analysis == 1 or figure["unit"] == UNIT_LAUNCH else None
+
+
+def _arm(row: dict[str, Any], devices: int, analysis: int) -> ArmResult:
     names = {"decode_tpot_s": "tpot_s", "prefill_tokens_per_s": "prefill_tokens_per_s"}
     # Not decode_tokens_per_s: a mean of rates over blocks is not the rate of the mean time, so Little's law is not its.
     figures = {
-        new: Figure(mean=row[old]["mean"], sd=row[old]["sd"], ci95=row[old]["ci95"], n=row[old]["n"])
+        new: Figure(mean=row[old]["mean"], sd=row[old]["sd"], ci95=row[old]["ci95"], n=_independent(row[old], analysis))
         for old, new in names.items()
         if row[old] is not None
     }
@@ -94,6 +100,8 @@ RUN_GATES: dict[str, Callable[[Run], Outcome]] = {
         sequence.declared_order,
         sequence.attempts,
         sequence.blocks,
+        protocol.planted,
+        protocol.sentinels,
         clocks.clocks,
         clocks.block_clocks,
         clocks.pipeline_clocks,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from headgrid.experiment.isolation_evidence import Check, Evidence, Finding
+from headgrid.experiment.records import of_kind
 from headgrid.experiment.sentinel_bands import outside, readings
 from headgrid.experiment.steady import steady_states
 
@@ -20,13 +21,15 @@ def _sentinel(evidence: Evidence) -> Iterator[Finding]:
 
 def _not_steady(evidence: Evidence) -> Iterator[Finding]:
     """Blocks before the steady state are named one by one; without one, all of the launch."""
+    blocks = of_kind(evidence.records, "block")
+    timed = {(record["launch"], record["block"]) for record in blocks if not record.get("warmup")}
     for row in steady_states(evidence.design, evidence.records):
         launch, phase = row["launch"], row["phase"]
         if row["from_block"] is None:
             text = f"no steady state: {phase} times moved by {row['trend']:+.1%} from the first to the last third"
             yield Finding("NOT_STEADY", "SUSPECT", text, launch, phase=phase)
             continue
-        for block in range(row["warmup_blocks"], row["from_block"]):
+        for block in sorted(index for at, index in timed if at == launch and index < row["from_block"]):
             text = f"{phase} became steady at block {row['from_block']}, those before took {row['change']:+.1%}"
             yield Finding("NOT_STEADY", "SUSPECT", text, launch, block, phase=phase)
 

@@ -4,14 +4,15 @@ One series for each launch and phase: every turn's log time, less the median of 
 which the turns ran, warm-up among them. Arms take turns at random, so what is left is the machine's, and a handful of
 blocks makes several times as many turns. White's MSER (K. P. White, "An effective truncation heuristic for bias
 reduction in simulation output", 1997) says where to cut the beginning: where the squared standard error of the rest is
-least, in the first half. A cut that changes little is none: it counts if the turns before it differ from the rest by
-more than the margin and by 3 standard errors. The rest is steady unless it has a trend (Mann-Kendall beyond 3, which is
+least, in the first half. A cut that changes little is none: it counts if the median of the turns before it differs from
+that of the rest by more than the margin and by 3 standard errors (medians, because the machine's share is what all arms
+have; one arm's own is DRIFT). The rest is steady unless it has a trend (Mann-Kendall beyond 3, which is
 p = 0.3 %) that moves its last third from its first by more than the margin. "No steady state" is a result.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median, pvariance, variance
+from statistics import median, pvariance, variance
 from typing import Any
 
 from headgrid.experiment.isolation_run import DRIFT_Z, MAX_TREND_BLOCKS, mann_kendall
@@ -61,7 +62,7 @@ def steady_state(turns: Turns, margin: float) -> dict[str, Any]:
     start = min(blocks[: len(blocks) // 2 + 1], key=lambda block: _mser(turns, block))
     before = [value for block, value in turns if block < start]
     rest = [value for block, value in turns if block >= start]
-    change = fmean(before) - fmean(rest) if before else 0.0
+    change = median(before) - median(rest) if before else 0.0
     error = math.sqrt(variance(rest) * (1 / len(before) + 1 / len(rest))) if before else 0.0
     if abs(change) <= max(math.log1p(margin), CUT_Z * error):
         start, change, rest = blocks[0], 0.0, [value for _, value in turns]

@@ -316,7 +316,7 @@ def _wait_until(end: float) -> None:
         pass
 
 
-def _timed(launch: Launch, work: Any, planted: float) -> tuple[float, list[float]]:
+def _timed(launch: Launch, work: Any, planted: float = 0.0) -> tuple[float, list[float]]:
     """Unix time of a common barrier, and the seconds that each rank took from it to the end of its own work.
 
     `planted`: the share of its own time that each rank then still waits, within the time that is told.

@@ -66,7 +66,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seq": 10_000,
         "decode_steps": 32,
         "dtype": "float16",
-        "blocks": 5,
+        "blocks": 8,
         "verify": 4,
     },
 }

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
+from headgrid.experiment.design import analysis_of
 from headgrid.experiment.isolation_evidence import Check, Evidence, Finding
 from headgrid.experiment.records import BlockKey, Phase, block_times, by_launch, is_verified, latest_attempts, of_kind
 from headgrid.experiment.telemetry_series import PHASES
@@ -79,7 +80,10 @@ def _drift(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _autocorrelated(evidence: Evidence) -> Iterator[Finding]:
-    """Blocks that resemble their predecessors beyond what all arms share: intervals over blocks are too narrow then."""
+    """Blocks that resemble their predecessors beyond what all arms share. Intervals over blocks are too narrow then, or
+    (from analysis 2 on) as wide as that makes them.
+    """
+    effect = "intervals are too narrow" if analysis_of(evidence.design) == 1 else "intervals over blocks allow for it"
     shared: dict[tuple[str, BlockKey], list[float]] = {}
     every = list(_verified_times(evidence))
     for _, phase, times in every:
@@ -92,9 +96,7 @@ def _autocorrelated(evidence: Evidence) -> Iterator[Finding]:
                 continue
             r = autocorrelation(series)
             if r > AUTOCORRELATION_Z / math.sqrt(len(series)):
-                text = (
-                    f"{phase} blocks resemble the one before (lag-1 autocorrelation {r:.2f}): intervals are too narrow"
-                )
+                text = f"{phase} blocks resemble the one before (lag-1 autocorrelation {r:.2f}): {effect}"
                 yield Finding("AUTOCORRELATED", "SUSPECT", text, launch, arm=label, phase=phase)
 
 

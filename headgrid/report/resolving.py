@@ -61,7 +61,7 @@ def steady_line(summary: Summary) -> str:
         told = [f"no steady state in {len(lost)} of {len(mine)} launches"] if lost else []
         told += [f"steady from block {max(known)}"] if known else []
         parts.append(f"{phase}: {', else '.join(told)}")
-    return f"{'; '.join(parts)} (blocks 0 to {found[0]['warmup_blocks'] - 1} are warm-up)".replace("0 to 0 are", "0 is")
+    return f"{'; '.join(parts)}, counted from 0, of which {found[0]['warmup_blocks']} declared as warm-up"
 
 
 def sentinel_line(summary: Summary) -> str:
@@ -87,7 +87,7 @@ def tail_line(summary: Summary) -> str:
         what = f"{row['label']} {row['phase']} p{100 * row['quantile']:g}"
         parts.append(f"{what} {duration(row['seconds'])} [{low}, {high}]")
     if not told:
-        parts += sorted({row["refused"] for row in tails["blocks"]})
+        parts += sorted({row["refused"] for row in tails["blocks"]})[:1]
     return f"of block times: {'; '.join(parts) or NOT_MEASURED}; of single decode steps: {tails['per_step']}"
 
 
@@ -108,7 +108,9 @@ def verdict(row: Mapping[str, Any]) -> str:
 def interval_of(summary: Summary) -> str:
     """What the intervals of comparisons are made by."""
     blocks = any((row["unit"] or UNIT_LAUNCH) != UNIT_LAUNCH for row in summary["comparisons"])
-    return "for an unknown dependence of blocks" if "resolution" in summary and blocks else "Student's t"
+    if "resolution" in summary and blocks:
+        return "allows for an unknown dependence of blocks on one another, and is"
+    return "is Student's t"
 
 
 def jointly(summary: Summary) -> str:

@@ -175,7 +175,7 @@ def comparisons(summary: Summary, phase: Phase, margin: float) -> Table:
     units = sorted({row["unit"] for row in summary["comparisons"] if row["unit"]})
     note = (
         "Ratio of throughputs, first arm over second: above 1 the first is faster. It is taken inside each block, so"
-        f" drift cancels; the interval is {interval_of(summary)} over n units ({' or '.join(units) or NOT_MEASURED})."
+        f" drift cancels; the interval {interval_of(summary)} over n units ({' or '.join(units) or NOT_MEASURED})."
         f" Margin ±{fmt.percent(margin)}: faster or slower if the whole interval lies beyond it, equivalent if within,"
         f" else inconclusive.{jointly(summary)} The last two columns: {SEED_LABEL}."
     )

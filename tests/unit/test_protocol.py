@@ -374,3 +374,11 @@ def test_a_disturbed_reading_is_outside_its_band_and_others_are_not() -> None:
     ((reading, kind, ratio),) = outside(list(readings(records)))
     assert (kind, reading.before, reading.after) == ("all_reduce_s", blocks[19], blocks[20]) and 1.2 < ratio < 1.4
     assert bands(list(readings(records))[:5]) == {}, "of a few readings there is no band"
+
+
+def test_nothing_is_called_reproducible_from_fewer_than_five_launches() -> None:
+    for launches, shown in ((4, False), (5, True)):
+        design, records = a_run(launches=launches, blocks=2)
+        page = render(design, {"cpu_count": 2}, records, summarise(design, records) | {"run": "x"})
+        assert ("not shown: 4 of the 5 launches" in page) is not shown
+        assert f"SD of the means of {launches} launches" in page

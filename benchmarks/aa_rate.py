@@ -2,6 +2,7 @@
 
     python benchmarks/aa_rate.py OUT                                           (a CPU: 2 ranks of the model `tiny`)
     python benchmarks/aa_rate.py OUT --device cuda --ranks 2 --layout tp2 --model seed --batch 2 --seq 1024
+    python benchmarks/aa_rate.py OUT --device cuda --ranks 1 --layout tp1 --model seed --batch 2 --seq 1024
 
 One launch runs `--comparisons` times `--blocks` blocks of the baseline, its A/A copy and the planted one, exactly as
 `headgrid compare` does, and writes a run folder below OUT. Each so many blocks are then analysed as a run of their own.
@@ -71,6 +72,7 @@ def carry_out(options: argparse.Namespace) -> Path:
         device=options.device,
         seed=options.seed,
         planted=options.planted,
+        least_ranks=1,
     )
     design, _ = plan.make(wishes)
     run = folder.create(design, machine.environment(), options.out)

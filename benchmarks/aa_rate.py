@@ -55,7 +55,8 @@ def told(run: Path, blocks: int) -> dict[str, Any]:
             plain, _ = excluding(split[role], split["baseline"], 1)
             row[role] = {"called_different": called, "of": of, "by_student_t": plain}
         found[phase] = row
-    found["passed"] = all(row["aa"]["called_different"] <= ALLOWED * row["aa"]["of"] for row in (found[phase] for phase in PHASES))
+    within = [found[phase]["aa"]["called_different"] <= ALLOWED * found[phase]["aa"]["of"] for phase in PHASES]
+    found["passed"] = all(within)
     return found
 
 

@@ -2,7 +2,7 @@
 
 In each pair the order is random; between blocks rank 0 stops (SIGSTOP) or continues (SIGCONT) the side process, so both
 halves of a pair run on the same ranks, caches and clocks. The ratio is throughput with over throughput without, its
-interval Student's t over pairs. `--hz 0` compares nothing with nothing: the noise of this comparison itself.
+interval that of blocks of one launch. `--hz 0` compares nothing with nothing: the noise of this comparison itself.
 
 Run: python benchmarks/telemetry_cost.py --pairs 30             (all GPUs, the seed workload; about a minute a pair)
      python benchmarks/telemetry_cost.py --device cpu --ranks 2 --model tiny --batch 4 --seq 64 --layout tp2 --pairs 40

@@ -156,6 +156,7 @@ def _interval(figure: dict[str, Any] | None, scale: float, digits: int) -> str:
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     from headgrid.report.naming import names
+    from headgrid.report.resolving import contestants, planted_line, verdict
 
     called = names(summary, "\n")
     rows = [
@@ -167,19 +168,21 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
             _interval(arm["decode_tpot_s"], 1e3, 2),
             f"{arm['memory_bytes']['total'] / 2**20:,.1f}" if arm["memory_bytes"] else "unknown",
         )
-        for arm in summary["arms"]
+        for arm in contestants(summary)["arms"]
     ]
     columns = ("arm", "verified", "rel. error", "prefill tok/s [95 %]", "TPOT ms [95 %]", "MiB per rank")
     print_table(console, f"{summary['device']}: arms", columns, rows)
     _print_shares(console, summary)
     baseline = next(arm["label"] for arm in summary["arms"] if arm["role"] == "baseline")
     pairs = [
-        (called[row["a"]], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
+        (called[row["a"]], row["phase"], _ratio(row), verdict(row), row["unit"] or "")
         for row in summary["comparisons"]
         if row["b"] == baseline
     ]
     columns = ("arm", "phase", "throughput ratio [95 %]", "verdict", "interval over")
     print_table(console, f"against {baseline}", columns, pairs)
+    if summary.get("resolution"):
+        console.print(planted_line(summary), soft_wrap=True)
     for warning in summary["warnings"]:
         console.print(f"- {escape(warning)}", style="yellow")
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from headgrid.experiment.design import SENSITIVE
+from headgrid.experiment import resolution
+from headgrid.experiment.design import SENSITIVE, analysis_of
 from headgrid.experiment.records import MIN_LAUNCHES, Record, latest_attempts, missing_blocks, of_kind
 
 
@@ -32,6 +33,9 @@ def _accuracy_warnings(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _noise_warnings(design: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
     twins = {arm["label"] for arm in design["arms"] if arm["role"] == "aa"}
+    yield from resolution.sentences(summary.get("resolution"))
+    if analysis_of(design) > 1 and summary["resolution"] is None:
+        yield "No slow-down was planted, so nothing shows that this run could find one."
     if not twins:
         yield "No A/A arm was run, so this machine's own false differences are unknown."
     for row in summary["comparisons"]:

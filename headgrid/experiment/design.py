@@ -21,10 +21,13 @@ from headgrid.spec.calibration import from_dict as calibration_from
 from headgrid.spec.model import ModelSpec, model_from
 from headgrid.spec.workload import Workload
 
-Role = Literal["baseline", "aa", "arm"]
+Role = Literal["baseline", "aa", "planted", "arm"]
 Device = Literal["cpu", "cuda"]
 
-
+ANALYSIS = 2
+"""How runs declared now are analysed: blocks of one launch may depend on one another, several comparisons are held
+jointly, a planted slow-down and sentinels ride along. 1, without any of that, is how older runs were declared."""
+MOST_PLANTED = 0.5
 SENSITIVE = 0.10
 """A negative control that moves the logits by less proves nothing about a model, and then no arm is called verified."""
 ENOUGH_TOKENS = 16
@@ -38,7 +41,9 @@ def allowed_multiple(dtype: str, ranks: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One layout under a label. The A/A arm is the baseline's layout, and engine, under another label."""
+    """One layout under a label. The A/A arm is the baseline's layout, and engine, under another label. So is the
+    planted one, but each of its ranks adds a known share to the time of its own work.
+    """
 
     label: str
     layout: str
@@ -56,12 +61,17 @@ class Protocol:
     margin: float = 0.01
     seed: int = 0
     verify_sequences: int = 4
+    planted: float = 0.02
+    """Share by which the planted arm is slowed down; 0: there is no such arm."""
+    analysis: int = ANALYSIS
 
     def __post_init__(self) -> None:
         """Raise InvalidInput for counts that measure nothing."""
         for name, least in (("launches", 1), ("blocks", 1), ("warmup_blocks", 0), ("verify_sequences", 1)):
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} = {getattr(self, name)} is less than {least}")
+        if not 0 <= self.planted <= MOST_PLANTED:
+            raise InvalidInput(f"planted = {self.planted} is no share from 0 to {MOST_PLANTED}")
 
 
 SEED_PROTOCOL = Protocol(name="seed", launches=1, blocks=1000, warmup_blocks=100)
@@ -103,6 +113,8 @@ class Design:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with its hash."""
         protocol = asdict(self.protocol)
+        if self.protocol.analysis == 1:  # as it was declared, and hashed
+            del protocol["analysis"], protocol["planted"]
         flat = {"schema": 1, "name": self.name, "created": self.created, "headgrid_version": self.headgrid_version}
         flat |= {
             "model": self.model.to_dict(),
@@ -127,6 +139,7 @@ def from_dict(data: dict[str, Any]) -> Design:
     """The inverse of `Design.to_dict`, also of older versions. Raises InvalidInput if the hash does not fit."""
     if hash_of(data) != data.get("hash"):
         raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
+    data = {"analysis": 1, "planted": 0.0} | data
     protocol_fields = {f.name for f in fields(Protocol)} - {"name"}
     design = Design(
         name=data["name"],
@@ -145,6 +158,11 @@ def from_dict(data: dict[str, Any]) -> Design:
         calibration=calibration_from(data["calibration"]) if data.get("calibration") else None,
     )
     return design
+
+
+def analysis_of(design: Mapping[str, Any]) -> int:
+    """How the run of a design's JSON form is to be analysed."""
+    return design.get("analysis", 1)
 
 
 def rows_to_verify(design: Design, launch: int) -> list[int]:
@@ -205,16 +223,19 @@ def control_layout(model: ModelSpec, ranks: int) -> str | None:
     return f"n{grid[0]}m{grid[1]}:independent"
 
 
-def name_arms(layouts: Sequence[str]) -> tuple[Arm, ...]:
-    """The first layout is the baseline and gets an A/A twin; labels are the layouts' own notation."""
+def name_arms(layouts: Sequence[str], planted: float = 0.0) -> tuple[Arm, ...]:
+    """The first layout is the baseline and gets an A/A twin, and one that is slowed down by `planted`; labels are the
+    layouts' own notation.
+    """
     names = [str(parse_layout(text)) for text in layouts]
     if len(set(names)) != len(names):
         raise InvalidInput(
             f"an arm is named twice: {', '.join(names)}", why="an A/A twin of the first one is added anyway"
         )
     baseline, *others = names
-    twin = Arm(f"{baseline} (A/A)", baseline, "aa")
-    return (Arm(baseline, baseline, "baseline"), twin, *(Arm(name, name, "arm") for name in others))
+    own = [Arm(baseline, baseline, "baseline"), Arm(f"{baseline} (A/A)", baseline, "aa")]
+    own += [Arm(f"{baseline} (+{100 * planted:g} %)", baseline, "planted")] if planted else []
+    return (*own, *(Arm(name, name, "arm") for name in others))
 
 
 def declare(
@@ -230,7 +251,7 @@ def declare(
     calibration: Calibration | None = None,
 ) -> Design:
     """Fix the whole comparison. Raises InvalidLayout or InvalidInput with the legal alternatives."""
-    named = name_arms(arms)
+    named = name_arms(arms, protocol.planted)
     for arm in named:
         check(model, parse_layout(arm.layout), workload, ranks)
     return Design(

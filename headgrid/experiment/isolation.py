@@ -7,14 +7,20 @@ out must not be chosen after the fact; a figure that is not clean is marked wher
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from headgrid.experiment import isolation_gpu, isolation_host, isolation_run
+from headgrid.experiment import isolation_gpu, isolation_host, isolation_protocol, isolation_run
+from headgrid.experiment.design import analysis_of
 from headgrid.experiment.isolation_evidence import Check, Evidence, Finding
 from headgrid.experiment.records import BlockKey, Record, latest_attempts, of_kind
 from headgrid.experiment.telemetry import Telemetry
 from headgrid.experiment.telemetry_series import PHASES
 
 Verdict = Literal["CLEAN", "SUSPECT", "INVALID"]
-CHECKS: tuple[Check, ...] = (*isolation_gpu.CHECKS, *isolation_host.CHECKS, *isolation_run.CHECKS)
+CHECKS: tuple[Check, ...] = (
+    *isolation_gpu.CHECKS,
+    *isolation_host.CHECKS,
+    *isolation_run.CHECKS,
+    *isolation_protocol.CHECKS,
+)
 CODES: Mapping[str, str] = {code: meaning for check in CHECKS for code, meaning in check.codes.items()}
 """Every code and what it means."""
 INVALID_SHARE = 0.05
@@ -29,8 +35,9 @@ def judge(design: Mapping[str, Any], records: Sequence[Record], telemetry: Telem
     CLEAN means that those made found nothing.
     """
     evidence = Evidence(design, records, telemetry)
-    unchecked = {check: why for check in CHECKS if (why := evidence.why_unchecked(check)) is not None}
-    findings = _distinct(found for check in CHECKS if check not in unchecked for found in check.find(evidence))
+    due = [check for check in CHECKS if check.concerns(analysis_of(design))]
+    unchecked = {check: why for check in due if (why := evidence.why_unchecked(check)) is not None}
+    findings = _distinct(found for check in due if check not in unchecked for found in check.find(evidence))
     index = _Index(findings)
     blocks = _blocks(records)
     listed = [_block(index, key, arm) for key, arm in blocks]
@@ -47,7 +54,7 @@ def judge(design: Mapping[str, Any], records: Sequence[Record], telemetry: Telem
         "flagged": [row for row in listed if row["verdict"] != "CLEAN"],
         "figures": figures,
         "findings": _told(findings, blocks),
-        "checked": [code for check in CHECKS if check not in unchecked for code in check.codes],
+        "checked": [code for check in due if check not in unchecked for code in check.codes],
         "unchecked": [{"code": code, "why": why} for check, why in unchecked.items() for code in check.codes],
     }
 

@@ -112,7 +112,7 @@ class Check:
 
     `counters` are those without which it cannot look, or other names that the sampler gives as missing; `telemetry`:
     whether it needs samples at all; `device`: the only kind of run that it concerns; `unless` says why it does not
-    apply to some evidence.
+    apply to some evidence. It is made of runs whose declared analysis is from `since` to `until`.
     """
 
     codes: Mapping[str, str]
@@ -121,6 +121,12 @@ class Check:
     telemetry: bool = True
     device: str | None = None
     unless: Callable[[Evidence], str | None] | None = None
+    since: int = 1
+    until: int | None = None
+
+    def concerns(self, analysis: int) -> bool:
+        """Whether a run of this analysis is checked for it."""
+        return self.since <= analysis and (self.until is None or analysis <= self.until)
 
 
 def block_means(evidence: Evidence, name: str) -> dict[tuple[Window, int], float]:

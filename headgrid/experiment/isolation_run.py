@@ -1,12 +1,13 @@
 """Codes that the journal alone gives: ranks that lag, drift, dependence between blocks, a cold start."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
+from headgrid.experiment.design import analysis_of
 from headgrid.experiment.isolation_evidence import Check, Evidence, Finding
-from headgrid.experiment.records import BlockKey, Phase, block_times, is_verified, latest_attempts, of_kind
+from headgrid.experiment.records import BlockKey, Phase, block_times, by_launch, is_verified, latest_attempts, of_kind
 from headgrid.experiment.telemetry_series import PHASES
 from headgrid.layout.layout import parse_layout
 
@@ -45,13 +46,6 @@ def _skews(evidence: Evidence, arm: str, phase: Phase) -> dict[BlockKey, float]:
     return {key: max(row) / median(row) for key, row in known.items()}
 
 
-def _by_launch(times: Mapping[BlockKey, float]) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
-    for key in sorted(times):
-        found.setdefault(key.launch, []).append(times[key])
-    return found
-
-
 def mann_kendall(values: Sequence[float]) -> float:
     """z of the Mann-Kendall test for a trend, continuity-corrected; 0 without a trend (Mann 1945, Kendall 1975)."""
     n = len(values)
@@ -73,7 +67,7 @@ MAX_TREND_BLOCKS = 200
 def _drift(evidence: Evidence) -> Iterator[Finding]:
     """An arm's time that grows or shrinks over a launch. If all arms share it, ratios within blocks stay right."""
     for label, phase, times in _verified_times(evidence):
-        for launch, series in _by_launch(times).items():
+        for launch, series in by_launch(times).items():
             # the test is quadratic; of long launches every so many blocks are as good
             thinned = series[:: max(1, math.ceil(len(series) / MAX_TREND_BLOCKS))]
             if len(thinned) < DRIFT_BLOCKS or abs(z := mann_kendall(thinned)) < DRIFT_Z:
@@ -86,7 +80,10 @@ def _drift(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _autocorrelated(evidence: Evidence) -> Iterator[Finding]:
-    """Blocks that resemble their predecessors beyond what all arms share: intervals over blocks are too narrow then."""
+    """Blocks that resemble their predecessors beyond what all arms share. Intervals over blocks are too narrow then, or
+    (from analysis 2 on) as wide as that makes them.
+    """
+    effect = "intervals are too narrow" if analysis_of(evidence.design) == 1 else "intervals over blocks allow for it"
     shared: dict[tuple[str, BlockKey], list[float]] = {}
     every = list(_verified_times(evidence))
     for _, phase, times in every:
@@ -94,18 +91,17 @@ def _autocorrelated(evidence: Evidence) -> Iterator[Finding]:
             shared.setdefault((phase, key), []).append(math.log(seconds))
     for label, phase, times in every:
         own = {key: math.log(seconds) - fmean(shared[phase, key]) for key, seconds in times.items()}
-        for launch, series in _by_launch(own).items():
+        for launch, series in by_launch(own).items():
             if len(series) < AUTOCORRELATION_BLOCKS:
                 continue
             r = autocorrelation(series)
             if r > AUTOCORRELATION_Z / math.sqrt(len(series)):
-                text = (
-                    f"{phase} blocks resemble the one before (lag-1 autocorrelation {r:.2f}): intervals are too narrow"
-                )
+                text = f"{phase} blocks resemble the one before (lag-1 autocorrelation {r:.2f}): {effect}"
                 yield Finding("AUTOCORRELATED", "SUSPECT", text, launch, arm=label, phase=phase)
 
 
 def _slow_first_block(evidence: Evidence) -> Iterator[Finding]:
+    """Of runs from before `steady`, which says it of any number of blocks."""
     found: dict[tuple[str, int], list[float]] = {}
     first: dict[int, int] = {}
     for _, phase, times in _verified_times(evidence):
@@ -132,5 +128,5 @@ CHECKS = (
     Check({"RANK_SKEW": "one rank was much slower than the others"}, _rank_skew, telemetry=False),
     Check({"DRIFT": "times drifted over the blocks"}, _drift, telemetry=False),
     Check({"AUTOCORRELATED": "blocks were not independent"}, _autocorrelated, telemetry=False),
-    Check({"SLOW_FIRST_BLOCK": "the first timed block was slow"}, _slow_first_block, telemetry=False),
+    Check({"SLOW_FIRST_BLOCK": "the first timed block was slow"}, _slow_first_block, telemetry=False, until=1),
 )

@@ -50,6 +50,8 @@ class Wishes:
     """A file of `headgrid calibrate`."""
     least_ranks: int = 2
     """One rank is nothing to compare layouts on, but where a study of scaling begins."""
+    planted: float = 0.02
+    """Share by which a copy of the baseline is slowed down, to see whether the run finds it; 0: no such copy."""
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -68,7 +70,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seq": 10_000,
         "decode_steps": 32,
         "dtype": "float16",
-        "blocks": 5,
+        "blocks": 8,
         "verify": 4,
     },
 }
@@ -190,4 +192,5 @@ def _protocol(wishes: Wishes, default: dict[str, Any], workload: Workload) -> Pr
     base = SEED_PROTOCOL if wishes.protocol == "seed" else Protocol(blocks=default["blocks"])
     changes: dict[str, Any] = {name: getattr(wishes, name) for name in ("blocks", "launches") if getattr(wishes, name)}
     verify = min(default["verify"], workload.batch)
+    changes["planted"] = wishes.planted
     return dataclasses.replace(base, seed=wishes.seed, verify_sequences=verify, **changes)

@@ -32,6 +32,14 @@ def block_times(records: Iterable[Record], arm: str, phase: Phase) -> dict[Block
     return times
 
 
+def by_launch(values: Mapping[BlockKey, float]) -> dict[int, list[float]]:
+    """The values of each launch, both in ascending order of their index."""
+    groups: dict[int, list[float]] = {}
+    for key in sorted(values):
+        groups.setdefault(key.launch, []).append(values[key])
+    return groups
+
+
 def latest_attempts(records: Iterable[Record]) -> list[Record]:
     """The records without blocks that a resumed run did again: a block's arms must come from the same processes."""
     kept = list(records)

@@ -94,7 +94,7 @@ def _scaled(base: tuple[str, Run], this: tuple[str, Run], phase: Phase) -> dict[
     if this == base:
         found = {"speedup": 1.0, "efficiency": 1.0} if _times(*base, phase) else {"speedup": None, "efficiency": None}
         return found | {"speedup_ci95": None, "efficiency_ci95": None, "unit": None, "n": 0}
-    ratio = stats.throughput_ratio(_times(*this, phase), _times(*base, phase))
+    ratio = stats.throughput_ratio(_times(*this, phase), _times(*base, phase), this[1][0].protocol.analysis)
     low_high = ratio and ratio.ci95
     return {
         "speedup": ratio and ratio.mean * work,

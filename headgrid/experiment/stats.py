@@ -1,8 +1,9 @@
 """What a run's records support: throughputs, intervals, verdicts, and the warnings that belong beside them.
 
 Sources: Kalibera and Jones, "Rigorous benchmarking in reasonable time" (ISMM 2013), for replicating at the level at
-which the noise enters (here the launch: a fresh process group), with blocks below it; Student's t for the intervals.
-Arms are compared inside a block, where they ran shortly after one another, so drift of the machine cancels.
+which the noise enters (here the launch: a fresh process group), with blocks below it; `confidence` for the intervals.
+Arms are compared inside a block, where they ran shortly after one another, so drift of the machine cancels. A run is
+analysed as its design declares: `analysis` 1, that of older runs, takes the blocks of a launch for independent.
 
 No torch in here. Times are in seconds, sizes in bytes, unknown values are None. The records are those of
 docs/run-folder.md; a block's time is the slowest rank's; warm-up blocks never enter a figure.
@@ -17,6 +18,9 @@ from typing import Any, NamedTuple
 
 from headgrid.experiment import cautions
 from headgrid.experiment.accuracy import with_fp8
+from headgrid.experiment.confidence import confidence_of
+from headgrid.experiment.design import ANALYSIS, analysis_of
+from headgrid.experiment.multiplicity import family, judged_jointly, p_claim
 from headgrid.experiment.records import (
     MIN_LAUNCHES,
     BlockKey,
@@ -24,11 +28,16 @@ from headgrid.experiment.records import (
     Record,
     Times,
     block_times,
+    by_launch,
     is_complete,
     is_verified,
     last_of,
     of_kind,
 )
+from headgrid.experiment.resolution import resolved
+from headgrid.experiment.sentinel_bands import sentinel_bands
+from headgrid.experiment.steady import steady_states
+from headgrid.experiment.tails import tails
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -43,7 +52,7 @@ MEMORY_PARTS = ("parameters", "kv_cache", "activations_peak", "communication_buf
 
 
 class Estimate(NamedTuple):
-    """Mean of n units, their SD, and the 95 % t interval of the mean; None where the units do not suffice."""
+    """Mean of n units, their SD, and the 95 % interval of the mean; None where the units do not suffice."""
 
     mean: float
     sd: float | None
@@ -65,18 +74,10 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
-def by_launch(values: Mapping[BlockKey, float]) -> dict[int, list[float]]:
-    """The values of each launch, both in ascending order of their index."""
-    groups: dict[int, list[float]] = {}
-    for key in sorted(values):
-        groups.setdefault(key.launch, []).append(values[key])
-    return groups
-
-
-def estimate(values: Mapping[BlockKey, float]) -> Estimate | None:
+def estimate(values: Mapping[BlockKey, float], analysis: int = ANALYSIS) -> Estimate | None:
     """Mean and interval over launch means from MIN_LAUNCHES launches on, else over blocks, which `unit` then says.
 
-    The mean is over the same units as the interval, so it always lies inside. None if there are no values.
+    None if there are no values.
     """
     launches = by_launch(values)
     if not launches:
@@ -86,7 +87,15 @@ def estimate(values: Mapping[BlockKey, float]) -> Estimate | None:
     else:
         units, unit = list(values.values()), UNIT_BLOCK if len(launches) == 1 else UNIT_BLOCKS
     sd = stdev(units) if len(units) > 1 else None
-    return Estimate(fmean(units), sd, t_interval(units), len(units), unit)
+    if analysis == 1:
+        return Estimate(fmean(units), sd, t_interval(units), len(units), unit)
+    confidence, mean = confidence_of(values), fmean(units)
+    return Estimate(mean, sd, confidence and _around(mean, confidence.ci95), len(units), unit)
+
+
+def _around(mean: float, ci95: tuple[float, float]) -> tuple[float, float]:
+    """The interval, which a mean that weights blocks otherwise might leave by a hair."""
+    return min(ci95[0], mean), max(ci95[1], mean)
 
 
 def log_ratios(a: Times, b: Times) -> dict[BlockKey, float]:
@@ -94,12 +103,12 @@ def log_ratios(a: Times, b: Times) -> dict[BlockKey, float]:
     return {key: math.log(b[key] / a[key]) for key in sorted(a.keys() & b.keys())}
 
 
-def throughput_ratio(a: Times, b: Times) -> Estimate | None:
+def throughput_ratio(a: Times, b: Times, analysis: int = ANALYSIS) -> Estimate | None:
     """Throughput of a over throughput of b with its interval: above 1 means that a is faster, in either phase.
 
     Geometric: mean and interval are those of the log ratios, taken back by exp; `sd` is the SD of the log ratios.
     """
-    logs = estimate(log_ratios(a, b))
+    logs = estimate(log_ratios(a, b), analysis)
     if logs is None:
         return None
     interval = logs.ci95 and (math.exp(logs.ci95[0]), math.exp(logs.ci95[1]))
@@ -146,23 +155,33 @@ def seed_statistics(a: Times, b: Times) -> dict[str, Any]:
 # --- one arm ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(values: Mapping[BlockKey, float], convert: Callable[[float], float]) -> dict[str, Any] | None:
-    """Estimate of `convert(seconds)`; a launch's value is that of its mean time, so that TPS x TPOT = batch holds."""
+def _figure(
+    values: Mapping[BlockKey, float], convert: Callable[[float], float], analysis: int
+) -> dict[str, Any] | None:
+    """Estimate of `convert(seconds)`; a launch's value is that of its mean time, so that TPS x TPOT = batch holds.
+
+    Over blocks, the interval is that of the logarithm: wide as it may be, no rate in it is negative.
+    """
     launches = by_launch(values)
     if len(launches) >= MIN_LAUNCHES:
         units = {BlockKey(launch, 0): convert(fmean(group)) for launch, group in launches.items()}
     else:
         units = {key: convert(seconds) for key, seconds in values.items()}
-    figure = estimate(units)
+    figure = estimate(units, analysis)
+    if figure and figure.ci95 and analysis > 1 and len(launches) < MIN_LAUNCHES:
+        logs = estimate({key: math.log(value) for key, value in units.items()})
+        low, high = logs.ci95 if logs and logs.ci95 else figure.ci95
+        figure = figure._replace(ci95=_around(figure.mean, (math.exp(low), math.exp(high))))
     return figure and {**figure._asdict(), "ci95": figure.ci95 and list(figure.ci95)}
 
 
-def _timing(workload: Mapping[str, Any], prefill: Times, decode: Times) -> dict[str, Any]:
+def _timing(design: Mapping[str, Any], prefill: Times, decode: Times) -> dict[str, Any]:
+    workload, analysis = design["workload"], analysis_of(design)
     tokens, batch, steps = workload["batch"] * workload["seq"], workload["batch"], workload["decode_steps"]
     return {
-        "prefill_tokens_per_s": _figure(prefill, lambda seconds: tokens / seconds),
-        "decode_tpot_s": _figure(decode, lambda seconds: seconds / steps),
-        "decode_tokens_per_s": _figure(decode, lambda seconds: batch * steps / seconds),
+        "prefill_tokens_per_s": _figure(prefill, lambda seconds: tokens / seconds, analysis),
+        "decode_tpot_s": _figure(decode, lambda seconds: seconds / steps, analysis),
+        "decode_tokens_per_s": _figure(decode, lambda seconds: batch * steps / seconds, analysis),
     }
 
 
@@ -224,7 +243,7 @@ def _arm(design: Mapping[str, Any], records: Sequence[Record], arm: Mapping[str,
         "verified": verified,
         "relative_error": relative_error(records, label),
         "verify": check and {key: value for key, value in check.items() if key not in ("kind", "arm", "time_s")},
-        **_timing(design["workload"], times["prefill"], times["decode"]),
+        **_timing(design, times["prefill"], times["decode"]),
         **_memory_of(records, label),
         "traffic": _traffic(records, label, verified),
     }
@@ -240,10 +259,13 @@ def is_grid(layout: str) -> bool:
 
 
 def pairs(arms: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Which arms are compared: every one with the baseline, and every n x m one with every other arm but A/A."""
+    """Which arms are compared: every one with the baseline, and every n x m one with every other arm but A/A.
+
+    The arm with the planted slow-down is no contestant: `resolution` has it.
+    """
     baseline = next(arm["label"] for arm in arms if arm["role"] == "baseline")
-    chosen = [(arm["label"], baseline) for arm in arms if arm["label"] != baseline]
-    plain = [arm for arm in arms if arm["role"] != "aa"]
+    chosen = [(arm["label"], baseline) for arm in arms if arm["role"] in ("aa", "arm")]
+    plain = [arm for arm in arms if arm["role"] in ("baseline", "arm")]
     for a in (arm["label"] for arm in plain if is_grid(arm["layout"])):
         for b in (arm["label"] for arm in plain):
             if a != b and (a, b) not in chosen and (b, a) not in chosen:
@@ -251,11 +273,8 @@ def pairs(arms: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     return chosen
 
 
-def _comparison(
-    records: Sequence[Record], a: str, b: str, phase: Phase, margin: float, allowed: bool
-) -> dict[str, Any]:
-    times_a, times_b = ((block_times(records, arm, phase) if allowed else {}) for arm in (a, b))
-    ratio = throughput_ratio(times_a, times_b)
+def _comparison(a: str, b: str, phase: Phase, times_a: Times, times_b: Times, design: Mapping[str, Any]) -> Record:
+    ratio, margin = throughput_ratio(times_a, times_b, analysis_of(design)), design["margin"]
     return {
         "a": a,
         "b": b,
@@ -271,11 +290,17 @@ def _comparison(
 
 def _comparisons(design: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
     verified = {arm["label"] for arm in design["arms"] if is_verified(records, arm["label"])}
-    return [
-        _comparison(records, a, b, phase, design["margin"], {a, b} <= verified)
-        for phase in PHASES
-        for a, b in pairs(design["arms"])
-    ]
+    rows, claims = [], []
+    for phase in PHASES:
+        times = {label: block_times(records, label, phase) for label in verified}
+        for a, b in pairs(design["arms"]):
+            both = (times[a], times[b]) if {a, b} <= verified else ({}, {})
+            confidence = confidence_of(log_ratios(*both)) if analysis_of(design) > 1 else None
+            claims.append(confidence and p_claim(confidence, design["margin"]))
+            rows.append({**_comparison(a, b, phase, *both, design), "family": family((a, b), design["arms"])})
+    if analysis_of(design) == 1:
+        return [{key: value for key, value in row.items() if key != "family"} for row in rows]
+    return judged_jointly(rows, claims)
 
 
 def _reproducibility(records: Sequence[Record], arm: str) -> dict[str, Any]:
@@ -288,6 +313,34 @@ def _reproducibility(records: Sequence[Record], arm: str) -> dict[str, Any]:
         row["launches"] = max(row["launches"], len(means))
         row[phase] = stdev(means) / fmean(means) if len(means) > 1 else None
     return row
+
+
+def _resolution(design: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any] | None:
+    """What the planted slow-down and the A/A pair say of this run; None where none was planted."""
+    labels = {arm["role"]: arm["label"] for arm in design["arms"] if arm["role"] != "arm"}
+    if "planted" not in labels:
+        return None
+    rows = []
+    for phase in PHASES:
+        times = {role: block_times(records, label, phase) for role, label in labels.items()}
+        usable = is_verified(records, labels["baseline"])  # they share its engine
+        found, null = (
+            throughput_ratio(times.get(role, {}), times["baseline"]) if usable else None for role in ("planted", "aa")
+        )
+        rows.append(resolved(design["planted"], phase, found, null))
+    return {"planted": design["planted"], "label": labels["planted"], "phases": rows}
+
+
+def _protocol(design: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    """What the run says of itself as a measurement; nothing for runs that did not declare it."""
+    if analysis_of(design) == 1:
+        return {}
+    return {
+        "resolution": _resolution(design, records),
+        "steady": steady_states(design, records),
+        "sentinels": sentinel_bands(records),
+        "tails": tails(design, records),
+    }
 
 
 def _control(records: Sequence[Record]) -> dict[str, Any] | None:
@@ -323,6 +376,7 @@ def summarise(design: Mapping[str, Any], records: Sequence[Record]) -> dict[str,
         "control": control,
         "reproducibility": [_reproducibility(records, arm["label"]) for arm in design["arms"]],
         "complete": is_complete(design, records),
+        **_protocol(design, records),
     }
     summary["warnings"] = cautions.warnings(design, records, summary)
     return summary

@@ -20,6 +20,7 @@ from headgrid.errors import InvalidInput
 from headgrid.experiment.design import SENSITIVE, Arm, Design, from_dict, rows_to_verify
 from headgrid.experiment.journal import Journal
 from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
+from headgrid.experiment.sentinel import Sentinels
 from headgrid.experiment.text import read_identified, token_rows
 from headgrid.experiment.verify import Oracle, Trace, Truth, judge, judge_control
 from headgrid.experiment.weights import weights_of
@@ -148,10 +149,11 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     engines = {str(layout): launch.engine(layout) for layout in design.layouts}
     verified = {name: _examine(launch, engine, sensitive) for name, engine in engines.items()}
     arms = [arm for arm in design.arms if verified[arm.layout]]
+    sentinels = Sentinels(launch.device, launch.dtype)
     for block, arm in _turns(launch, payload["done"]):
         if arm in arms:
-            _time_block(launch, engines[arm.layout], arm, block)
-    launch.record("end", completed=True)
+            _time_block(launch, engines[arm.layout], arm, block, sentinels.read())
+    launch.record("end", completed=True, sentinels=sentinels.read())
 
 
 def _identity(device: str) -> dict[str, Any]:
@@ -277,11 +279,14 @@ def _measure_pipeline(launch: Launch, engine: Engine) -> list[dict[str, Any]]:
     return events
 
 
-def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int) -> None:
-    """A prefill of the batch, then decode steps on the cache it wrote. No observer, no profiler."""
+def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int, sentinels: dict[str, list[float]]) -> None:
+    """A prefill of the batch, then decode steps on the cache it wrote. No observer, no profiler. `sentinels` were read
+    just before.
+    """
     design = launch.design
-    prefill_start_s, prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts))
-    decode_start_s, decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps))
+    planted = design.protocol.planted if arm.role == "planted" else 0.0
+    prefill_start_s, prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts), planted)
+    decode_start_s, decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps), planted)
     order = design.order[launch.index][block]
     launch.record(
         "block",
@@ -295,16 +300,34 @@ def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int) -> None:
         decode_s=decode_s,
         decode_steps=design.workload.decode_steps,
         warmup=block < design.protocol.warmup_blocks,
+        sentinels=sentinels,
     )
 
 
-def _timed(launch: Launch, work: Any) -> tuple[float, list[float]]:
-    """Unix time of a common barrier, and the seconds that each rank took from it to the end of its own work."""
+SPIN_S = 2e-4
+"""A sleep may end so much late, so the rest is waited for awake; more would take cores from ranks that still work."""
+
+
+def _wait_until(end: float) -> None:
+    """Until `time.perf_counter()` is `end`."""
+    if (left := end - time.perf_counter()) > SPIN_S:
+        time.sleep(left - SPIN_S)
+    while time.perf_counter() < end:
+        pass
+
+
+def _timed(launch: Launch, work: Any, planted: float = 0.0) -> tuple[float, list[float]]:
+    """Unix time of a common barrier, and the seconds that each rank took from it to the end of its own work.
+
+    `planted`: the share of its own time that each rank then still waits, within the time that is told.
+    """
     barrier(launch.device)
     start_s, start = time.time(), time.perf_counter()
     work()
     if launch.device.type == "cuda":
         torch.cuda.synchronize(launch.device)
+    if planted:
+        _wait_until(start + (1 + planted) * (time.perf_counter() - start))
     elapsed = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device=launch.device)
     everyone = [torch.zeros_like(elapsed) for _ in range(launch.design.ranks)]
     dist.all_gather(everyone, elapsed)

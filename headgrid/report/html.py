@@ -10,16 +10,17 @@ from markupsafe import Markup, escape
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.cautions import cpu_warning
+from headgrid.experiment.multiplicity import claimed
 from headgrid.experiment.records import Phase, Record
 from headgrid.experiment.stats import PHASES
 from headgrid.experiment.telemetry import Telemetry
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
-from headgrid.report import ceilings, conditions, embed, pairs, partition, plots, tables, timeplots
+from headgrid.report import ceilings, conditions, embed, pairs, partition, plots, resolving, tables, timeplots
 from headgrid.report import format as fmt
 from headgrid.report.blocks import Block, blocks, listed
 from headgrid.report.inert import inert
-from headgrid.report.naming import caution, names
+from headgrid.report.naming import caution, named, names
 from headgrid.spec.model import ModelSpec
 
 Json = Mapping[str, Any]
@@ -58,6 +59,8 @@ def render(
     environment.filters["breakable"] = lambda text: escape(text).replace("+", Markup("+<wbr>"))
     template = resources.files("headgrid.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     layouts = _layouts(design)
+    raw = {arm["label"]: named(arm) for arm in summary["arms"] if arm["verified"]}
+    summary = resolving.contestants(summary)
     numbers = {arm["label"]: number for number, arm in enumerate(summary["arms"])}
     labels = [arm["label"] for arm in summary["arms"] if arm["verified"]]
     timed = blocks({label: numbers[label] for label in labels}, records, summary)
@@ -69,7 +72,7 @@ def render(
         script=script,
         script_hash=script_hash,
         data=embed.data(design, summary, records, timed),
-        numbers=numbers,
+        numbers={**dict.fromkeys(raw, len(numbers)), **numbers},  # no reader hides the planted arm
         pair_head=pairs.HEAD,
         pair_note=pairs.NOTE,
         subtitle=_subtitle(design, summary),
@@ -90,9 +93,7 @@ def render(
         over_time=_over_time(telemetry, records, {label: numbers[label] for label in labels}),
         partitions=list(_partitions(layouts)),
         facts=list(_facts(design, env, records)),
-        raw=[tables.all_blocks({k: names(summary)[k] for k in labels}, records, phase) for phase in PHASES]
-        if listed(timed)
-        else [],
+        raw=[tables.all_blocks(raw, records, phase) for phase in PHASES] if listed(timed) else [],
         many=len(timed),
     )
 
@@ -147,15 +148,15 @@ def _phase_outcome(rows: Sequence[Json], phase: Phase, baseline: str, margin: fl
     if all(row["ci95"] is None for row in known):
         return f"{phase} was timed too seldom for a verdict"
     best = max(known, key=lambda row: row["ratio"])
-    faster = [row for row in known if row["verdict"] == "faster"]
+    faster = [row for row in known if claimed(row) == "faster"]
     if faster:
         best = max(faster, key=lambda row: row["ratio"])
         gain = f"{_gain(best)} more tokens per second than {called[baseline]}{_within(best)}"
         return f"in {phase}, {called[best['a']]} handled {gain}{_without_fp8(best, faster, called)}"
-    if all(row["verdict"] == "slower" for row in known):
+    if all(claimed(row) == "slower" for row in known):
         closest = f"the closest, {called[best['a']]}, by {_gain(best)}"
         return f"in {phase}, every other layout was slower than {called[baseline]}, {closest}"
-    if all(row["verdict"] == "equivalent" for row in known):
+    if all(claimed(row) == "equivalent" for row in known):
         return f"in {phase}, all layouts were as fast as {baseline}, within {fmt.percent(margin)}"
     return f"in {phase}, no layout was shown to be faster than {baseline}"
 
@@ -205,8 +206,8 @@ def _figures(design: Json, records: Sequence[Record], summary: Json, timed: Sequ
         drawing, told = timeplots.blocks_over_time(f"blocks-{phase}", list(numbers), timed, phase) or (None, "")
         title = f"{phase.capitalize()} blocks as they ran"
         yield Figure(title, drawing, told + less_exact, wide=timeplots.is_wide(timed))
-    twins = {arm["label"] for arm in arms if arm["role"] == "aa"}
-    passes = [record for record in records if record["kind"] == "pipeline" and record["arm"] not in twins]
+    own = {arm["label"] for arm in design["arms"] if arm["role"] in ("aa", "planted")}
+    passes = [record for record in records if record["kind"] == "pipeline" and record["arm"] not in own]
     yield from _timelines(passes, numbers)
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter
 
+from headgrid.experiment.multiplicity import claimed
 from headgrid.report.format import NOT_MEASURED, percent, ratio, significant
 from headgrid.report.svg import BAD, BAND, GOOD, INK, MUTED, PAPER, RULE, SERIES, Marks, inline
 
@@ -135,7 +136,7 @@ def ratios(name: str, rows: Sequence[Mapping[str, Any]], margin: float, numbers:
         left, right = min(edges), max(edges)
         pad = 0.06 * (right - left)
         for index, row in enumerate(shown):
-            colour = {"faster": GOOD, "slower": BAD}.get(row["verdict"], INK)
+            colour = {"faster": GOOD, "slower": BAD}.get(claimed(row), INK)
             told = {"text": _ratio_text(row), "row": index}
             arms = (numbers[row["a"]], numbers[row["b"]])
             if row["ci95"]:

@@ -4,12 +4,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from headgrid.experiment.multiplicity import claimed
 from headgrid.experiment.records import BlockKey, Phase, Record, block_times
 from headgrid.experiment.stats import MEMORY_PARTS, PHASES, SEED_LABEL
 from headgrid.report import format as fmt
 from headgrid.report.format import NOT_MEASURED
 from headgrid.report.marks import LEGEND, isolation_line, sampling_line, sign, signed
 from headgrid.report.naming import named, names
+from headgrid.report.resolving import interval_of, jointly, reproducible, verdict
+from headgrid.report.resolving import rows as resolving_rows
 
 Summary = Mapping[str, Any]
 NOT_APPLICABLE = "\N{EN DASH}"
@@ -196,9 +199,9 @@ def comparisons(summary: Summary, phase: Phase, margin: float) -> Table:
     units = sorted({row["unit"] for row in summary["comparisons"] if row["unit"]})
     note = (
         "Ratio of throughputs, first arm over second: above 1 the first is faster. It is taken inside each block, so"
-        f" drift cancels; the interval is Student's t over n units ({' or '.join(units) or NOT_MEASURED}). Margin"
-        f" ±{fmt.percent(margin)}: faster or slower if the whole interval lies beyond it, equivalent if within,"
-        f" else inconclusive. The last two columns: {SEED_LABEL}."
+        f" drift cancels; the interval {interval_of(summary)} over n units ({' or '.join(units) or NOT_MEASURED})."
+        f" Margin ±{fmt.percent(margin)}: faster or slower if the whole interval lies beyond it, equivalent if within,"
+        f" else inconclusive.{jointly(summary)} The last two columns: {SEED_LABEL}."
     )
     return Table(f"Statistical analysis: {phase}", head, rows, note if phase == PHASES[-1] else "")
 
@@ -225,7 +228,7 @@ def _comparison(row: Mapping[str, Any], called: Mapping[str, str], mark: str) ->
     return [
         Cell(f"{called[row['a']]} / {called[row['b']]}", "name", arms=(row["a"], row["b"])),
         *_cells(texts),
-        Cell(row["verdict"], VERDICT_CSS.get(row["verdict"], "")),
+        Cell(verdict(row), VERDICT_CSS.get(claimed(row), "")),
         *_cells([str(row["n"])]),
         *_cells((fmt.p_value(seed["p_value"]), fmt.fixed(seed["cohens_d"], 2)), "number distrusted"),
     ]
@@ -347,6 +350,7 @@ def validation(summary: Summary, records: Sequence[Record]) -> Table:
         [_name("Numerical accuracy"), Cell(_accuracy(summary))],
         [_name("Reproducibility"), Cell(_spread(summary))],
         [_name("Fairness"), Cell(_fairness(len(launches), inputs))],
+        *([_name(name), *_cells([text], "")] for name, text in resolving_rows(summary)),
         [_name("Isolation from other work"), *_cells([isolation_line(summary)], "")],
         [_name("GPU, memory bandwidth and NVLink utilization"), *_cells([sampling_line(summary)], "")],
     ]
@@ -366,7 +370,8 @@ def _spread(summary: Summary) -> str:
         return NOT_MEASURED
     parts = (f"{row['label']} {fmt.percent(row['prefill'])} and {fmt.percent(row['decode'])}" for row in known)
     launches = max(row["launches"] for row in known)
-    return f"SD of the means of {launches} launches, prefill and decode: {'; '.join(parts)}"
+    text = f"SD of the means of {launches} launches, prefill and decode: {'; '.join(parts)}"
+    return reproducible(launches, text)
 
 
 def _fairness(launches: int, inputs: set[str]) -> str:

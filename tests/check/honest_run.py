@@ -116,7 +116,7 @@ def records(plan: Design, env_sha256: str) -> list[Record]:
         for block, order in enumerate(plan.order[launch]):
             for position, index in enumerate(order):
                 time_block(plan, draw, clock, record, block, position, index)
-        record("end", 0.0021, completed=True)
+        record("end", 0.0072, completed=True, sentinels=sentinels(draw))
     return found
 
 
@@ -153,22 +153,40 @@ def examine(plan: Design, draw: random.Random, record: Any, layout: Layout, laun
         record("verify", 0.001 if place else 2.0, arm=label, **verdict)
 
 
+def sentinels(draw: random.Random) -> Record:
+    """5 ms on every rank."""
+    usual = {"gemm_s": 2.1e-3, "all_reduce_s": 1.7e-3, "host_s": 1.2e-3}
+    return {kind: [round(seconds * draw.gauss(1, 2e-3), 9) for _ in range(4)] for kind, seconds in usual.items()}
+
+
 def time_block(
     plan: Design, draw: random.Random, clock: Clock, record: Any, block: int, position: int, index: int
 ) -> None:
     arm = plan.arms[index]
     factor = draw.gauss(1, 1e-3) * (1.02 if block < plan.protocol.warmup_blocks else 1)
+    factor *= 1 + plan.protocol.planted if arm.role == "planted" else 1
+    read = sentinels(draw)
     times = {}
     for phase, usual in (("prefill_s", PREFILL_S), ("decode_s", DECODE_S)):
         slowest = usual[str(parse_layout(arm.layout))] * factor * draw.gauss(1, 5e-4)
         times[phase] = [round(slowest * (1 - 3e-5 * draw.random()), 9) for _ in range(4)]
     idle = [draw.uniform(0.0007, 0.0022) for _ in range(3)]
+    idle[0] += sum(map(max, read.values()))
     gap = sum(map(max, times.values())) + sum(idle)
     begun = clock.now + idle[0]
     starts = {"prefill_start_s": begun, "decode_start_s": begun + max(times["prefill_s"]) + idle[1]}
     warmup = block < plan.protocol.warmup_blocks
     values = {"block": block, "attempt": 0, "position": position, "arm": arm.label}
-    record("block", gap, **values, **starts, **times, decode_steps=plan.workload.decode_steps, warmup=warmup)
+    record(
+        "block",
+        gap,
+        **values,
+        **starts,
+        **times,
+        decode_steps=plan.workload.decode_steps,
+        warmup=warmup,
+        sentinels=read,
+    )
 
 
 def write_journal(folder: Path, found: list[Record]) -> None:

@@ -297,7 +297,7 @@ def ahead(found: Documents) -> None:
         record["time_s"] -= 3600
 
 
-BASE = ("tp2pp2", "tp2pp2 (A/A)")
+BASE = ("tp2pp2", "tp2pp2 (A/A)", "tp2pp2 (+2 %)")
 FORGED: dict[str, tuple[Callable[[Documents], None], str]] = {
     "an arm 10 % faster": (faster(0.9, "n2m2:batch", clocks=False), "time.idle"),
     "an arm 3 % faster": (faster(0.97, "n2m2:batch", clocks=False), "time.idle"),
@@ -328,7 +328,7 @@ FORGED: dict[str, tuple[Callable[[Documents], None], str]] = {
     "the last timing missing, but ended": (unfinished, "blocks.counts"),
     "an attempt that never was": (each("block", lambda r: r.update(attempt=1), launch=1), "journal.attempts"),
     "a position changed": (
-        each("block", lambda r: r.update(position=(r["position"] + 1) % 5), block=1),
+        each("block", lambda r: r.update(position=(r["position"] + 1) % 6), block=1),
         "blocks.order",
     ),
     "a rank's times left out": (each("block", lambda r: r["prefill_s"].pop(), arm="tp4"), "blocks.counts"),
@@ -337,7 +337,7 @@ FORGED: dict[str, tuple[Callable[[Documents], None], str]] = {
     "twice the batch": (worked(batch=256), "memory.predicted"),
     "a longer sequence": (worked(seq=10_100), "memory.predicted"),
     "another seed": (designed(seed=3), "design.order"),
-    "an arm of another layout": (lambda f: f.design["arms"][2].update(layout="n2m2:gather"), "memory.predicted"),
+    "an arm of another layout": (lambda f: f.design["arms"][-1].update(layout="n2m2:gather"), "memory.predicted"),
     "an error above its bound": (each("verify", error_beyond, arm="tp4"), "verify.numbers"),
     "a bound raised": (each("verify", bound_raised, arm="tp4"), "verify.numbers"),
     "a floor raised": (each("verify", floor_raised, arm="tp4"), "verify.numbers"),
@@ -378,5 +378,11 @@ FORGED: dict[str, tuple[Callable[[Documents], None], str]] = {
     "other weights": (each("launch", lambda r: r.update(weights_sha256="0" * 64)), "identity.weights"),
     "run before it was designed": (ahead, "time.order"),
     "a launch that began too early": (each("launch", lambda r: r.update(start_s=900.0), launch=1), "time.order"),
+    "nothing planted, said afterwards": (designed(planted=0.0), "design.planted"),
+    "another layout slowed down": (lambda f: f.design["arms"][2].update(layout="tp4"), "design.planted"),
+    "the planted arm as slow as a third more": (faster(1.3, BASE[2], clocks=True), "twins.times"),
+    "sentinels left out": (each("block", lambda r: r.pop("sentinels"), block=2), "sentinels"),
+    "sentinels of fewer ranks": (each("end", lambda r: r["sentinels"]["host_s"].pop()), "sentinels"),
+    "sentinels that take too long": (each("end", lambda r: r["sentinels"].update(host_s=[0.1] * 4)), "sentinels"),
     "a field missing": (each("verify", lambda r: r.pop("greedy"), arm="tp4"), "malformed"),
 }

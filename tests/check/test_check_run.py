@@ -89,11 +89,11 @@ def test_accepts_a_run_that_was_killed_and_resumed(run: Path, count: int) -> Non
                 for phase in ("prefill_s", "decode_s"):
                     record[phase] = [round(seconds * (1 + 1e-5 * draw.random()), 9) for seconds in record[phase]]
                 took = max(record["prefill_s"]) + max(record["decode_s"])
-                record["prefill_start_s"] = before["time_s"] + 0.001
+                record["prefill_start_s"] = before["time_s"] + 0.006
                 record["decode_start_s"] = record["prefill_start_s"] + max(record["prefill_s"]) + 0.001
-                record["time_s"] = before["time_s"] + took + 0.004
+                record["time_s"] = before["time_s"] + took + 0.009
             elif before["kind"] == "block":
-                record["time_s"] = before["time_s"] + 0.002
+                record["time_s"] = before["time_s"] + 0.007
         later[0]["started_s"] = cut[-1]["time_s"] + 20
         rest = [r | {"time_s": r["time_s"] + moved + 300} for r in found.records if r["launch"] == 1]
         for record in rest:

@@ -35,7 +35,7 @@ def test_accepts_a_real_run_and_ends_with_one_json_line(real: Path) -> None:
     assert done.returncode == 0, done.stderr
     verdict = json.loads(done.stdout)
     assert verdict["accepted"] is True and verdict["findings"] == [] and verdict["notes"] == []
-    assert verdict["examined"]["block"] == 3 * 4
+    assert verdict["examined"]["block"] == 4 * 4  # two layouts, the A/A twin and the planted one; a warm-up block
 
 
 def test_rejects_it_when_page_and_journal_were_edited(real: Path, tmp_path: Path) -> None:

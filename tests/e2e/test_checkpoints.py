@@ -102,7 +102,7 @@ def test_compare_runs_a_checkpoint(reference: tuple[LlamaForCausalLM, Path], tmp
     sizes = ("--batch", "4", "--seq", "16", "--decode-steps", "8", "--blocks", "1", "--device", "cpu")
     arms = ("--ranks", "4", "--arms", "tp2pp2,n2m2:batch")
     found = answer(headgrid("compare", "--model", folder, *arms, *sizes, "--json", cwd=tmp_path))
-    assert [arm["verified"] for arm in found["arms"]] == [True] * 3
+    assert [arm["verified"] for arm in found["arms"]] == [True] * 4
     assert found["negative_control_rejected"]
     design = json.loads(next(tmp_path.glob("runs/*/design.json")).read_text())
     assert design["checkpoint"] == str(folder)

@@ -74,14 +74,25 @@ def test_json_has_what_the_documentation_promises(finished: tuple[dict, Path]) -
     assert (folder / summary["run"] / "report.html").stat().st_size > 50_000
 
 
+def test_a_slow_down_is_planted_and_sentinels_are_read(finished: tuple[dict, Path]) -> None:
+    """Whether 2 % are found depends on how quiet this machine is; that they are looked for does not."""
+    summary, folder = finished
+    assert summary["resolution"]["label"] == "tp2pp2 (+2 %)" and len(summary["resolution"]["phases"]) == 2
+    assert not any("(+2 %)" in row["a"] + row["b"] for row in summary["comparisons"])
+    records = [json.loads(line) for line in (folder / summary["run"] / "journal.jsonl").read_text().splitlines()]
+    for record in (record for record in records if record["kind"] in ("block", "end")):
+        assert all(len(times) == 4 and min(times) > 0 for times in record["sentinels"].values())
+    assert len(records[-1]["sentinels"]) == 3
+
+
 def test_measured_memory_and_traffic_are_the_predicted_ones(finished: tuple[dict, Path]) -> None:
     summary, folder = finished
     records = [json.loads(line) for line in (folder / summary["run"] / "journal.jsonl").read_text().splitlines()]
     memory = [record for record in records if record["kind"] == "memory"]
     traffic = [record for record in records if record["kind"] == "traffic"]
-    assert len(memory) == 6 and len(traffic) == 12
+    assert len(memory) == 7 and len(traffic) == 14
     pairs = [pair for record in memory for pair in zip(record["per_rank"], record["predicted"], strict=True)]
-    assert len(pairs) == 6 * len(memory[0]["per_rank"])
+    assert len(pairs) == 7 * len(memory[0]["per_rank"])
     assert all(measured | {"decode_peak_bytes": 0} == predicted for measured, predicted in pairs)
     assert all(record["as_predicted"] for record in traffic)
 
@@ -116,13 +127,13 @@ def test_telemetry_runs_beside_and_isolation_is_judged(finished: tuple[dict, Pat
     seen = {pid for sample in telemetry.sessions[0].samples for pid in sample.get("process", {}).get("pids", [])}
     assert len(set(ranks)) == 4 and set(ranks) <= seen
     covered = windows(records)
-    assert len(covered) == 2 * 6 * 2  # phases, arms with the A/A twin, blocks
+    assert len(covered) == 2 * 7 * 2  # phases, arms with the A/A twin and the planted one, blocks
     late_s = 0.1  # ranks leave a barrier as the host lets them, and each counts from then; windows are rank 0's
     assert all(a.end_s <= b.start_s + late_s and a.start_s < b.start_s for a, b in pairwise(covered))
     first, last = telemetry.sessions[0].samples[0], telemetry.sessions[0].samples[-1]
     started_s = next(record["started_s"] for record in records if record["kind"] == "launch")
     assert first["time_s"] < started_s < covered[0].start_s and covered[-1].end_s < last["time_s"]
-    assert sum(summary["isolation"]["blocks"].values()) == 12 and "RANK_SKEW" in summary["isolation"]["checked"]
+    assert sum(summary["isolation"]["blocks"].values()) == 14 and "RANK_SKEW" in summary["isolation"]["checked"]
 
 
 def test_report_can_be_made_again_from_the_journal_alone(finished: tuple[dict, Path]) -> None:
@@ -139,7 +150,7 @@ def test_report_can_be_made_again_from_the_journal_alone(finished: tuple[dict, P
 
 def test_a_killed_run_keeps_its_records_and_resumes(tmp_path: Path) -> None:
     process = start("compare", *SMALL, "--blocks", "6", cwd=tmp_path)
-    run = wait_for_blocks(tmp_path, 14, process)  # the warm-up, a whole block and a part of the next
+    run = wait_for_blocks(tmp_path, 16, process)  # the warm-up, a whole block and a part of the next
     ranks = family(process)
     assert len(ranks) >= 5  # the fork server and four ranks
     process.kill()
@@ -157,8 +168,8 @@ def test_a_killed_run_keeps_its_records_and_resumes(tmp_path: Path) -> None:
     last = {block: max(r["attempt"] for r in timed if r["block"] == block) for block in {r["block"] for r in timed}}
     assert len(last) == 6 and set(last.values()) == {0, 1}
     for block, attempt in last.items():  # what counts of a block comes from one set of processes, and is all of it
-        assert len([r for r in timed if (r["block"], r["attempt"]) == (block, attempt)]) == 6
-    assert len([r for r in records if r["kind"] == "block" and r["warmup"] and r["attempt"] == 1]) == 6
+        assert len([r for r in timed if (r["block"], r["attempt"]) == (block, attempt)]) == 7
+    assert len([r for r in records if r["kind"] == "block" and r["warmup"] and r["attempt"] == 1]) == 7
     assert json.loads(done.stdout.splitlines()[-1])["complete"]
 
 

@@ -70,7 +70,9 @@ def gpu_row(index: int) -> Record:
 class Run:
     """Design, journal and telemetry of one run, still open to change."""
 
-    def __init__(self, device: str = "cuda", blocks: int = 6, seed: int = 0, launches: int = 1) -> None:
+    def __init__(
+        self, device: str = "cuda", blocks: int = 6, seed: int = 0, launches: int = 1, analysis: int = 2
+    ) -> None:
         self.rng = random.Random(seed)
         self.design = make_design(
             arms=copy.deepcopy(ARMS),
@@ -80,6 +82,7 @@ class Run:
             warmup_blocks=1,
             launches=launches,
             seed=seed,
+            **({"analysis": analysis, "planted": 0.0} if analysis > 1 else {}),
         )
         self.records = self._journal()
         self.lines = [self._start(), *self._samples()]
@@ -104,6 +107,10 @@ class Run:
                 record[f"{phase}_start_s"] = now_s
                 record[f"{phase}_s"] = [slowest_s * (1 - 0.002 * rank) for rank in range(RANKS)]
                 now_s += slowest_s + 0.05
+        draw = random.Random(f"sentinels {self.design['seed']}")
+        for record in (r for r in records if r["kind"] in ("block", "end")):
+            usual = {"gemm_s": 2e-3, "all_reduce_s": 1e-3, "host_s": 1e-3}
+            record["sentinels"] = {k: [v * (1 + draw.gauss(0, 0.003)) for _ in PIDS] for k, v in usual.items()}
         self.end_s = now_s + 1
         return records
 

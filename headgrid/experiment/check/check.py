@@ -5,13 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from headgrid.errors import InvalidInput
-from headgrid.experiment.check import ceilings, clocks, integrity, noise, physics, predictions, sequence, verdicts
+from headgrid.experiment.check import (
+    ceilings,
+    clocks,
+    integrity,
+    noise,
+    physics,
+    predictions,
+    protocol,
+    sequence,
+    verdicts,
+)
 from headgrid.experiment.check.finding import Finding, Note, Outcome, Verdict, run_gates, verdict
 from headgrid.experiment.check.result import ArmResult, Figure, Result, read_result
 from headgrid.experiment.check.run import Run, open_folder
+from headgrid.experiment.design import analysis_of
 from headgrid.experiment.journal import JournalError
 from headgrid.experiment.records import block_times, of_kind
-from headgrid.experiment.stats import PHASES, summarise
+from headgrid.experiment.stats import PHASES, UNIT_LAUNCH, summarise
 from headgrid.spec.hardware import Hardware, find_hardware
 
 
@@ -39,11 +50,17 @@ def _result_of(run: Run, rows: Sequence[Mapping[str, Any]]) -> Result:
     return Result(name=name, hardware=hardware, model=run.model, workload=run.workload, arms=arms)
 
 
+def _independent(figure: Mapping[str, Any], analysis: int) -> int | None:
+    """How many independent values an interval is of; None where they may depend, and SD and n do not make it."""
+    return figure["n"] if analysis == 1 or figure["unit"] == UNIT_LAUNCH else None
+
+
 def _arm(run: Run, row: Mapping[str, Any]) -> ArmResult:
+    analysis = analysis_of(run.design)
     names = {"decode_tpot_s": "tpot_s", "prefill_tokens_per_s": "prefill_tokens_per_s"}
     # Not decode_tokens_per_s: a mean of rates over blocks is not the rate of the mean time, so Little's law is not its.
     figures = {
-        new: Figure(mean=row[old]["mean"], sd=row[old]["sd"], ci95=row[old]["ci95"], n=row[old]["n"])
+        new: Figure(mean=row[old]["mean"], sd=row[old]["sd"], ci95=row[old]["ci95"], n=_independent(row[old], analysis))
         for old, new in names.items()
         if row[old] is not None
     }
@@ -92,6 +109,8 @@ RUN_GATES: dict[str, Callable[[Run], Outcome]] = {
         sequence.declared_order,
         sequence.attempts,
         sequence.blocks,
+        protocol.planted,
+        protocol.sentinels,
         clocks.clocks,
         clocks.block_clocks,
         clocks.pipeline_clocks,

@@ -69,8 +69,9 @@ def spread(run: Run) -> Outcome:
 
 
 def twins(run: Run) -> Outcome:
-    """Arms of one layout share an engine: they are examined once, and are equally fast."""
+    """Arms of one layout share an engine: they are examined once, and are equally fast but for what was planted."""
     groups: dict[str, list[str]] = defaultdict(list)
+    planted = {arm["label"]: run.design["planted"] for arm in run.design["arms"] if arm["role"] == "planted"}
     for arm in run.design["arms"]:
         groups[arm["layout"]].append(arm["label"])
     for first, *others in groups.values():
@@ -78,7 +79,7 @@ def twins(run: Run) -> Outcome:
             for segment in segments(run.records):
                 yield from _examined_alike(segment, first, other)
             for phase in PHASES:
-                yield from _equally_fast(run, first, other, phase)
+                yield from _equally_fast(run, first, other, phase, planted.get(other, 0.0))
 
 
 def _examined_alike(segment: Segment, a: str, b: str) -> Iterator[Finding]:
@@ -93,9 +94,9 @@ def _examined_alike(segment: Segment, a: str, b: str) -> Iterator[Finding]:
             yield Finding("twins.records", f"{segment.where}, {b}", what)
 
 
-def _equally_fast(run: Run, a: str, b: str, phase: Any) -> Iterator[Finding]:
+def _equally_fast(run: Run, a: str, b: str, phase: Any, planted: float) -> Iterator[Finding]:
     times = [block_times(run.records, arm, phase) for arm in (a, b)]
-    logs = list(log_ratios(*times).values())
+    logs = [log - math.log1p(planted) for log in log_ratios(*times).values()]
     if len(logs) < 3:
         return
     from scipy.special import stdtrit

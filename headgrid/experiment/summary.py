@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headgrid.experiment.breakdown.summary import sentences as breakdown_sentences
+from headgrid.experiment.breakdown.summary import summarise_breakdown
 from headgrid.experiment.isolation import judge, sentences
 from headgrid.experiment.records import Record
 from headgrid.experiment.stats import summarise
@@ -17,4 +19,7 @@ def summary_of(design: Mapping[str, Any], records: Sequence[Record], telemetry: 
     """
     summary, isolation = summarise(design, records), judge(design, records, telemetry)
     summary["warnings"] += sentences(isolation)
+    if breakdown := summarise_breakdown(design, records):  # journals of older versions have none
+        summary["warnings"] += breakdown_sentences(breakdown)
+        summary["breakdown"] = breakdown
     return summary | {"isolation": isolation, "telemetry": summarise_telemetry(design, records, telemetry)}

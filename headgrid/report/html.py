@@ -14,7 +14,7 @@ from headgrid.experiment.records import Phase, Record
 from headgrid.experiment.stats import PHASES
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
-from headgrid.report import conditions, partition, plots, tables
+from headgrid.report import breakdown, conditions, partition, plots, tables
 from headgrid.report import format as fmt
 from headgrid.report.naming import caution, names
 from headgrid.spec.model import ModelSpec
@@ -59,7 +59,7 @@ def render(
         comparisons=[tables.comparisons(summary, phase, design["margin"]) for phase in PHASES],
         noise=tables.noise_line(summary),
         memory=tables.memory(summary),
-        traffic=[tables.traffic(summary, phase, layers) for phase in PHASES],
+        traffic=[*(tables.traffic(summary, phase, layers) for phase in PHASES), *breakdown.tables(summary)],
         validation=tables.validation(summary, records),
         isolation=conditions.isolation(summary),
         telemetry=[conditions.telemetry(summary, phase) for phase in PHASES],
@@ -173,6 +173,10 @@ def _figures(design: Json, records: Sequence[Record], summary: Json, labels: Seq
         rows = [row for row in summary["comparisons"] if row["phase"] == phase]
         drawing = plots.ratios(f"ratio-{phase}", rows, design["margin"])
         yield Figure(f"{phase.capitalize()} ratios", drawing, f"Right is faster.{less_exact}")
+    for phase in PHASES:
+        if (drawing := breakdown.bars(f"breakdown-{phase}", summary, phase)) is not None:
+            told = "In a pass of its own; exposed: nothing computes meanwhile."
+            yield Figure(f"Where a {phase} step's time goes", drawing, told)
     for phase in PHASES:
         drawing = plots.blocks_over_time(f"blocks-{phase}", labels, records, phase)
         told = f"Drift moves all lines; warm-up blocks are left out.{less_exact}"

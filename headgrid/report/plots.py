@@ -89,6 +89,34 @@ def bars(name: str, arms: Sequence[Mapping[str, Any]], key: str, scale: float, u
         return _finish(figure, name, f"Bar chart, {unit}: {'; '.join(parts)}.")
 
 
+def stacked(
+    name: str, arms: Mapping[str, Sequence[float]], parts: Sequence[str], unit: str, scale: float
+) -> Markup | None:
+    """Each arm's parts, in their order, side by side in one bar; the last one is pale."""
+    if not arms:
+        return None
+    colours = [*SERIES[: 2 * len(parts) - 2 : 2], BAND]
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _axes(WIDTH, 1.05 + 0.36 * len(arms))
+        left = [0.0] * len(arms)
+        for place, part in enumerate(parts):
+            widths = [values[place] * scale for values in arms.values()]
+            colour, alpha = colours[place], 1.0 if part == parts[-1] else 0.6
+            axes.barh(range(len(arms)), widths, left=left, height=0.62, color=colour, alpha=alpha, label=part)
+            left = [one + width for one, width in zip(left, widths, strict=True)]
+        axes.set_yticks(range(len(arms)), [short(label) for label in arms], color=INK)
+        axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(FuncFormatter(_grouped))
+        axes.set_xlabel(unit)
+        figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, labelcolor=INK)
+        told = (
+            f"{label} {', '.join(f'{part} {significant(v * scale)}' for part, v in zip(parts, values, strict=True))}"
+            for label, values in arms.items()
+        )
+        return _finish(figure, name, f"Stacked bar chart, {unit}: {'; '.join(told)}.")
+
+
 def blocks_over_time(name: str, labels: Sequence[str], records: Sequence[Record], phase: Any) -> Markup | None:
     """Time of every timed block in the order of launches and blocks, one line for each arm."""
     times = {label: block_times(records, label, phase) for label in labels}

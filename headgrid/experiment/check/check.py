@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headgrid.errors import InvalidInput
-from headgrid.experiment.check import clocks, integrity, noise, physics, predictions, sequence, verdicts
+from headgrid.experiment.check import breakdown, clocks, integrity, noise, physics, predictions, sequence, verdicts
 from headgrid.experiment.check.finding import Finding, Note, Outcome, Verdict, run_gates, verdict
 from headgrid.experiment.check.result import ArmResult, Figure, Result, read_result
 from headgrid.experiment.check.run import Run, open_folder
@@ -108,6 +108,7 @@ RUN_GATES: dict[str, Callable[[Run], Outcome]] = {
         verdicts.verified_times,
         predictions.memory,
         predictions.traffic,
+        breakdown.breakdown,
         run_physics,
     )
 }

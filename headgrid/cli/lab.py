@@ -54,9 +54,17 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
     telemetry_hz: TelemetryHz = DEFAULT_HZ,
+    breakdown: Annotated[
+        bool,
+        typer.Option(
+            "--breakdown/--no-breakdown",
+            help="Behind the timed blocks, watch where each arm's step spends its time, and write traces.",
+        ),
+    ] = True,
     out: Out = Path("runs"),
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with a run folder; options but --telemetry-hz are ignored.")
+        Path | None,
+        typer.Option(help="Go on with a run folder; options but --telemetry-hz and --breakdown are ignored."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -94,10 +102,12 @@ def compare(
         seed=seed,
     )
     check_hz(telemetry_hz)
-    _compare(wishes, telemetry_hz, resume, out, as_json)
+    _compare(wishes, telemetry_hz, breakdown, resume, out, as_json)
 
 
-def _compare(wishes: "Wishes", telemetry_hz: float, resume: Path | None, out: Path, as_json: bool) -> None:
+def _compare(
+    wishes: "Wishes", telemetry_hz: float, breakdown: bool, resume: Path | None, out: Path, as_json: bool
+) -> None:
     """Carry out a new comparison under `out`, or the rest of the one in `resume`, and tell what came out."""
     from headgrid.experiment import folder, machine, plan, runner
     from headgrid.report.conclude import conclude
@@ -116,13 +126,13 @@ def _compare(wishes: "Wishes", telemetry_hz: float, resume: Path | None, out: Pa
         if not joined:
             plan.recheck(folder.open_run(resume)[0])
     if joined:
-        run = runner.carry_out_joined(backend, open_run, telemetry_hz)
+        run = runner.carry_out_joined(backend, open_run, telemetry_hz, breakdown=breakdown)
         if run is None:
             return
     else:
         run = open_run()
         with progress_bar(console) as show:
-            runner.carry_out(run, show, telemetry_hz)
+            runner.carry_out(run, show, telemetry_hz, breakdown=breakdown)
     summary = conclude(run)
     _print_summary(console, summary)
     console.print(f"report: {run / 'report.html'}", soft_wrap=True)

@@ -32,10 +32,17 @@ class Progress:
     latest: str
 
 
-def carry_out(folder: Path, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ) -> None:
+def carry_out(
+    folder: Path,
+    on_progress: Callable[[Progress], None],
+    telemetry_hz: float = DEFAULT_HZ,
+    *,
+    breakdown: bool = True,
+) -> None:
     """Run every launch that the journal does not show as finished, on ranks of this host.
 
-    Beside them a process samples telemetry `telemetry_hz` times a second (0: none).
+    Beside them a process samples telemetry `telemetry_hz` times a second (0: none). `breakdown`: behind its blocks each
+    launch watches where the arms' steps spend their time.
     """
     design, records = open_run(folder)
     left = sorted({*range(design.protocol.launches)} - {*finished_launches(records)})
@@ -43,30 +50,33 @@ def carry_out(folder: Path, on_progress: Callable[[Progress], None], telemetry_h
         return  # samples of a time after the run would tell of none of its blocks
     with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
         for index in left:
-            _carry_out_launch(folder, index, on_progress, sampler)
+            _carry_out_launch(folder, index, on_progress, sampler, breakdown=breakdown)
 
 
 def carry_out_launch(
     folder: Path, index: int, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ
 ) -> None:
-    """Run launch `index`, or what the journal lacks of it, as `carry_out` does."""
+    """Run launch `index`, or what the journal lacks of it, as `carry_out` does, without a breakdown."""
     design, records = open_run(folder)
     if index not in finished_launches(records):
         with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
-            _carry_out_launch(folder, index, on_progress, sampler)
+            _carry_out_launch(folder, index, on_progress, sampler, breakdown=False)
 
 
 def _carry_out_launch(
-    folder: Path, index: int, on_progress: Callable[[Progress], None], sampler: Sampler | None
+    folder: Path, index: int, on_progress: Callable[[Progress], None], sampler: Sampler | None, *, breakdown: bool
 ) -> None:
     design, records = open_run(folder)
-    watch = _Watch(folder, design, on_progress, sampler)
-    job = launch.Job(TARGET, _payload(folder, design, records, index), design.ranks, design.backend)
+    watch = _Watch(folder, on_progress, sampler, expected_records(design, breakdown=breakdown))
+    payload = _payload(folder, design, records, index) | {"breakdown": breakdown}
+    job = launch.Job(TARGET, payload, design.ranks, design.backend)
     launch.run(job, on_poll=watch, log_to=folder / "logs")
     watch()
 
 
-def carry_out_joined(backend: str, open_folder: Callable[[], Path], telemetry_hz: float = DEFAULT_HZ) -> Path | None:
+def carry_out_joined(
+    backend: str, open_folder: Callable[[], Path], telemetry_hz: float = DEFAULT_HZ, *, breakdown: bool = True
+) -> Path | None:
     """The same inside ranks that torchrun started: one launch, since the processes are given.
 
     Only rank 0 uses the folder that `open_folder` returns, and gets it back; the others need no common file system.
@@ -79,6 +89,7 @@ def carry_out_joined(backend: str, open_folder: Callable[[], Path], telemetry_hz
             raise InvalidInput(f"the run in {folder} needs {design.backend}, these ranks have {backend}")
         payload = json.loads(launch.share_text(json.dumps(_next_payload(folder) if folder else None)))
         if payload is not None:
+            payload["breakdown"] = breakdown
             with sampling(folder, telemetry_hz, gpus=backend == "nccl") if folder else nullcontext() as sampler:
                 if sampler is not None:
                     sampler.follow(child.pid for child in psutil.Process(os.getppid()).children())
@@ -105,21 +116,20 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
     }
 
 
-def expected_records(design: Design) -> int:
-    """About how many records the journal of a finished run has."""
+def expected_records(design: Design, *, breakdown: bool = False) -> int:
+    """About how many records the journal of a finished run has, with a breakdown of each arm or without."""
     protocol, arms = design.protocol, len(design.arms)
     pipelines = sum(layout.pp > 1 for layout in design.layouts)
-    return protocol.launches * (arms * (4 + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+    each = 4 + 2 * breakdown
+    return protocol.launches * (arms * (each + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
 
 
 class _Watch:
     """Follows the journal while ranks write it, and tells the sampler which processes the ranks are."""
 
-    def __init__(
-        self, folder: Path, design: Design, report: Callable[[Progress], None], sampler: Sampler | None
-    ) -> None:
+    def __init__(self, folder: Path, report: Callable[[Progress], None], sampler: Sampler | None, total: int) -> None:
         self._path, self._report, self._size, self._sampler = folder / "journal.jsonl", report, -1, sampler
-        self._total = expected_records(design)
+        self._total = total
 
     def __call__(self) -> None:
         if self._sampler is not None:

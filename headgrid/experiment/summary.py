@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headgrid.experiment.breakdown.summary import sentences as breakdown_sentences
+from headgrid.experiment.breakdown.summary import summarise_breakdown
 from headgrid.experiment.ceilings import summarise_ceilings, unsettled
 from headgrid.experiment.isolation import judge, sentences
 from headgrid.experiment.records import Record
@@ -20,6 +22,9 @@ def summary_of(design: Mapping[str, Any], records: Sequence[Record], telemetry: 
     summary["warnings"] += sentences(isolation)
     ceilings = summarise_ceilings(design, records, summary["arms"])
     summary["warnings"] += unsettled(ceilings)
+    if breakdown := summarise_breakdown(design, records):  # journals of older versions have none
+        summary["warnings"] += breakdown_sentences(breakdown)
+        summary["breakdown"] = breakdown
     return summary | {
         "isolation": isolation,
         "telemetry": summarise_telemetry(design, records, telemetry),

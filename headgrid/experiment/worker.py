@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from headgrid.errors import InvalidInput
+from headgrid.experiment.breakdown.measure import breakdown
 from headgrid.experiment.design import SENSITIVE, Arm, Design, from_dict, rows_to_verify
 from headgrid.experiment.journal import Journal
 from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
@@ -153,7 +154,12 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     for block, arm in _turns(launch, payload["done"]):
         if arm in arms:
             _time_block(launch, engines[arm.layout], arm, block, sentinels.read())
-    launch.record("end", completed=True, sentinels=sentinels.read())
+    closing = sentinels.read()
+    if payload.get("breakdown", True):  # behind the blocks: a profiler that was once attached may leave something
+        for name, engine in engines.items():
+            if verified[name]:
+                _break_down(launch, engine, Path(payload["folder"]))
+    launch.record("end", completed=True, sentinels=closing)
 
 
 def _identity(device: str) -> dict[str, Any]:
@@ -277,6 +283,14 @@ def _measure_pipeline(launch: Launch, engine: Engine) -> list[dict[str, Any]]:
         event["start_s"] -= begun
         event["end_s"] -= begun
     return events
+
+
+def _break_down(launch: Launch, engine: Engine, folder: Path) -> None:
+    """Where a prefill and some decode steps spend their time, watched in a pass of their own."""
+    design, layout = launch.design, str(engine.layout)
+    for values in breakdown(engine, design.model, design.workload, launch.prompts, folder):
+        for arm in (arm for arm in design.arms if arm.layout == layout):
+            launch.record("breakdown", arm=arm.label, **values)
 
 
 def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int, sentinels: dict[str, list[float]]) -> None:

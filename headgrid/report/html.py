@@ -16,7 +16,18 @@ from headgrid.experiment.stats import PHASES
 from headgrid.experiment.telemetry import Telemetry
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
-from headgrid.report import ceilings, conditions, embed, pairs, partition, plots, resolving, tables, timeplots
+from headgrid.report import (
+    breakdown,
+    ceilings,
+    conditions,
+    embed,
+    pairs,
+    partition,
+    plots,
+    resolving,
+    tables,
+    timeplots,
+)
 from headgrid.report import format as fmt
 from headgrid.report.blocks import Block, blocks, listed
 from headgrid.report.inert import inert
@@ -84,7 +95,7 @@ def render(
         comparisons=[tables.comparisons(summary, phase, design["margin"]) for phase in PHASES],
         noise=tables.noise_line(summary),
         memory=tables.memory(summary),
-        traffic=[tables.traffic(summary, phase, layers) for phase in PHASES],
+        traffic=[*(tables.traffic(summary, phase, layers) for phase in PHASES), *breakdown.tables(summary)],
         ceilings=ceilings.table(summary),
         validation=tables.validation(summary, records),
         isolation=conditions.isolation(summary),
@@ -202,6 +213,10 @@ def _figures(design: Json, records: Sequence[Record], summary: Json, timed: Sequ
         rows = [row for row in summary["comparisons"] if row["phase"] == phase]
         drawing = plots.ratios(f"ratio-{phase}", rows, design["margin"], numbers)
         yield Figure(f"{phase.capitalize()} ratios", drawing, f"Right is faster.{less_exact}")
+    for phase in PHASES:
+        if (drawing := breakdown.bars(f"breakdown-{phase}", summary, phase, numbers)) is not None:
+            told = "In a pass of its own; exposed: nothing computes meanwhile."
+            yield Figure(f"Where a {phase} step's time goes", drawing, told)
     for phase in PHASES:
         drawing, told = timeplots.blocks_over_time(f"blocks-{phase}", list(numbers), timed, phase) or (None, "")
         title = f"{phase.capitalize()} blocks as they ran"

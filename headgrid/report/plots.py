@@ -100,6 +100,41 @@ def figure_text(values: Mapping[str, Any], scale: float) -> str:
     return f"{significant(values['mean'] * scale, 6)}{sd}"
 
 
+def stacked(
+    name: str,
+    arms: Mapping[str, Sequence[float]],
+    parts: Sequence[str],
+    unit: str,
+    scale: float,
+    numbers: Mapping[str, int],
+) -> Markup | None:
+    """Each arm's parts, in their order, side by side in one bar; the last one is pale. `numbers` of arms by label."""
+    if not arms:
+        return None
+    colours, marks = [*SERIES[: 2 * len(parts) - 2 : 2], BAND], Marks()
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = axes_of(WIDTH, 1.05 + 0.36 * len(arms))
+        left = [0.0] * len(arms)
+        for place, part in enumerate(parts):
+            widths = [values[place] * scale for values in arms.values()]
+            colour, alpha = colours[place], 1.0 if part == parts[-1] else 0.6
+            drawn = axes.barh(range(len(arms)), widths, left=left, height=0.62, color=colour, alpha=alpha, label=part)
+            for row, (bar, label) in enumerate(zip(drawn, arms, strict=True)):
+                told = f"{label}: {part} {significant(widths[row])} {unit}"
+                bar.set_gid(marks.add(numbers[label], text=told, row=row))
+            left = [one + width for one, width in zip(left, widths, strict=True)]
+        label_rows(axes, [(numbers[label], label) for label in arms], marks)
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(FuncFormatter(grouped))
+        axes.set_xlabel(unit)
+        figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, labelcolor=INK)
+        told = (
+            f"{label} {', '.join(f'{part} {significant(v * scale)}' for part, v in zip(parts, values, strict=True))}"
+            for label, values in arms.items()
+        )
+        return finish(figure, name, f"Stacked bar chart, {unit}: {'; '.join(told)}.", marks, rows=True)
+
+
 def _bar(axes: Axes, row: int, mean: float, spread: float, marks: Marks, told: tuple[int, str]) -> None:
     number, text = told
     axes.barh(row, mean, height=0.62, color=SERIES[0], alpha=0.35)[0].set_gid(marks.add(number, text=text, row=row))

@@ -212,8 +212,7 @@ def noise_line(summary: Summary) -> str:
     rows = [row for row in summary["comparisons"] if row["a"] in twins and row["ci95"]]
     if not rows:
         return f"Smallest difference that this machine can show: {NOT_MEASURED} (no A/A arm with an interval)."
-    parts = (f"{fmt.percent(max(abs(edge - 1) for edge in row['ci95']))} in {row['phase']}" for row in rows)
-    bounds = " and ".join(parts)
+    bounds = " and ".join(f"{fmt.percent(max(abs(x - 1) for x in row['ci95']))} in {row['phase']}" for row in rows)
     return f"Two copies of {rows[0]['b']} (A/A) differ here by up to {bounds}; smaller differences say nothing."
 
 
@@ -222,8 +221,7 @@ VERDICT_CSS = {"faster": "good", "slower": "bad"}
 
 def _comparison(row: Mapping[str, Any], called: Mapping[str, str], mark: str) -> list[Cell]:
     changes = (row["ratio"] - 1, 1 / row["ratio"] - 1) if row["ratio"] else (None, None)
-    seed = row["seed_statistics"]
-    ratio, ci95 = fmt.ratio(row["ratio"], row["ci95"])
+    seed, (ratio, ci95) = row["seed_statistics"], fmt.ratio(row["ratio"], row["ci95"])
     texts = (signed(ratio, mark), ci95, *(fmt.change(change) for change in changes))
     return [
         Cell(f"{called[row['a']]} / {called[row['b']]}", "name", arms=(row["a"], row["b"])),

@@ -86,6 +86,8 @@ class Axis:
         """What this rank does between the start of a collective and its wait. None: it waits at once, and on CUDA the
         collective runs on the current stream.
         """
+        self.timing: Callable[[Issued, Callable[[], object]], None] | None = None
+        """Called instead of each wait for what was started earlier, with that wait, to call it."""
 
     def issue(self, kind: str, size: int, *, overlapped: bool = False) -> Issued:
         """Tell observers of a collective in which this rank sends `size` bytes, before it is begun."""
@@ -100,7 +102,14 @@ class Axis:
             observer.after(issued, result)
         return result
 
-    def _complete(self, collective: Callable[..., dist.Work | None]) -> None:
+    def wait(self, issued: Issued, work: dist.Work) -> None:
+        """Wait for what was started earlier."""
+        if self.timing is None:
+            work.wait()
+        else:
+            self.timing(issued, work.wait)
+
+    def _complete(self, issued: Issued, collective: Callable[..., dist.Work | None]) -> None:
         """Run it to its end. Until the wait, its work keeps the tensors that it reads and writes alive."""
         if self.meanwhile is None:
             collective()
@@ -108,7 +117,7 @@ class Axis:
         work = collective(async_op=True)
         assert work is not None
         self.meanwhile()
-        work.wait()
+        self.wait(issued, work)
 
     def all_reduce(self, x: Tensor, *, alike: bool = True) -> Tensor:
         """Sum of `x` over the axis, in place and returned; with gradients a new tensor. `x` contiguous, of any shape
@@ -123,7 +132,7 @@ class Axis:
 
     def _sum(self, x: Tensor) -> Tensor:
         issued = self.issue("all_reduce", 2 * (self.size - 1) * _size_bytes(x) // self.size)
-        self._complete(partial(dist.all_reduce, x, group=self.group))
+        self._complete(issued, partial(dist.all_reduce, x, group=self.group))
         return self.done(issued, x)
 
     def _sum_copy(self, x: Tensor) -> Tensor:
@@ -162,7 +171,7 @@ class Axis:
         x = x.contiguous()
         issued = self.issue("all_gather", (self.size - 1) * _size_bytes(x))
         out = x.new_empty(sum(sizes))
-        self._complete(partial(self._start_gather, out, x, sizes))
+        self._complete(issued, partial(self._start_gather, out, x, sizes))
         return self.done(issued, out)
 
     def _start_gather(
@@ -191,11 +200,11 @@ class Axis:
         issued = self.issue("reduce_scatter", (x.numel() - mine) * x.element_size())
         if len(set(sizes)) == 1:
             out = x.new_empty(mine)
-            self._complete(partial(_reduce_scatter, out, x, group=self.group))
+            self._complete(issued, partial(_reduce_scatter, out, x, group=self.group))
         else:
             parts = x.new_empty(mine * self.size)
             splits = [mine] * self.size, list(sizes)
-            self._complete(partial(dist.all_to_all_single, parts, x, *splits, group=self.group))
+            self._complete(issued, partial(dist.all_to_all_single, parts, x, *splits, group=self.group))
             wide = torch.promote_types(x.dtype, torch.float32)
             out = parts.view(self.size, mine).sum(0, dtype=wide).to(x.dtype)
         return self.done(issued, out)
@@ -213,16 +222,17 @@ class Axis:
         x = x.contiguous()
         issued = self.issue("all_to_all", (x.numel() - send[self.index]) * x.element_size())
         out = x.new_empty(sum(receive))
-        self._complete(partial(dist.all_to_all_single, out, x, list(receive), list(send), group=self.group))
+        self._complete(issued, partial(dist.all_to_all_single, out, x, list(receive), list(send), group=self.group))
         return self.done(issued, out)
 
-    def start_send(self, x: Tensor, to: int) -> dist.Work | None:
+    def start_send(self, x: Tensor, to: int) -> "Posted | None":
         """Begin to send `x` to axis position `to`. Keep `x` unchanged until the work is waited for; none if empty."""
         if not x.numel():
             return None
         issued = self.issue("send", _size_bytes(x), overlapped=True)
         self.done(issued, x)  # an observer that corrupts the payload must act before it leaves
-        return dist.isend(x, self.ranks[to], group=self.group)
+        work = dist.isend(x, self.ranks[to], group=self.group)
+        return None if work is None else Posted(self, issued, work)
 
     def start_receive(self, out: Tensor, source: int) -> "Receipt":
         """Begin to receive `out` from axis position `source`; nothing travels where it is empty."""
@@ -230,6 +240,19 @@ class Axis:
             return Receipt(self, Issued("recv", self.name, 0, overlapped=True), None, out)
         issued = self.issue("recv", _size_bytes(out), overlapped=True)
         return Receipt(self, issued, dist.irecv(out, self.ranks[source], group=self.group), out)
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A message under way from this rank."""
+
+    axis: Axis
+    issued: Issued
+    work: dist.Work
+
+    def wait(self) -> None:
+        """Until what was sent may be changed."""
+        self.axis.wait(self.issued, self.work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +275,7 @@ class Receipt:
     def _arrived(self) -> Tensor:
         if self.work is None:
             return self.out
-        self.work.wait()
+        self.axis.wait(self.issued, self.work)
         return self.axis.done(self.issued, self.out)
 
 

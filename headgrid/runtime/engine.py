@@ -6,7 +6,6 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from headgrid.layout.batching import (
@@ -21,7 +20,7 @@ from headgrid.layout.layout import Layout
 from headgrid.layout.memory import cache_shape
 from headgrid.runtime.attention import Queries
 from headgrid.runtime.cache import carve
-from headgrid.runtime.collectives import Receipt
+from headgrid.runtime.collectives import Posted, Receipt
 from headgrid.runtime.layer import Weights
 from headgrid.runtime.mesh import Mesh
 from headgrid.runtime.peers import direct_stage
@@ -94,7 +93,7 @@ class Engine:
         self._hidden = [self._hidden_buffer(len(self.stage.residual_of(1).own(mb.size))) for mb in self.decode_plan]
         self.decoder = (direct_stage(self.stage, self.decode_plan) if direct else None) or self.stage
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._sent: list[tuple[dist.Work | None, Tensor]] = []
+        self._sent: list[tuple[Posted | None, Tensor]] = []
 
     def _replica_index(self, micro_batch: MicroBatch) -> Tensor:
         rows = [row - self.rows.start for row in micro_batch.rows()]

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from headgrid.layout.batching import Call, prefill_calls, replica_rows
@@ -18,7 +17,7 @@ from headgrid.layout.gradients import copies_of_kv_heads, ends_of_pipelines, sum
 from headgrid.layout.layout import Layout
 from headgrid.layout.legal import check_training
 from headgrid.layout.shards import head_shard
-from headgrid.runtime.collectives import Axis, Observer, Receipt
+from headgrid.runtime.collectives import Axis, Observer, Posted, Receipt
 from headgrid.runtime.layer import Weights
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.runtime.prefill import prefill_of
@@ -60,7 +59,7 @@ class Trainer:
         self.path = prefill_of(layout, mesh, self.stage, self.workload)
         self.rows, self.plan = rows, prefill_calls(layout, workload, mesh.at.dp)
         self.sums = _Sums(model, layout, mesh, pool)
-        self._sent: list[tuple[dist.Work | None, Tensor]] = []
+        self._sent: list[tuple[Posted | None, Tensor]] = []
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:

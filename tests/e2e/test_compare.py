@@ -117,6 +117,17 @@ def test_the_pipeline_really_overlaps_in_both_phases(finished: tuple[dict, Path]
     assert any(spans[0, 0, step + 1][0] < max(spans[1, k, step][1] for k in (0, 1)) for step in steps - {max(steps)})
 
 
+def test_each_arm_is_watched_behind_its_blocks(finished: tuple[dict, Path]) -> None:
+    summary, folder = finished
+    run = folder / summary["run"]
+    kinds = [json.loads(line)["kind"] for line in (run / "journal.jsonl").read_text().splitlines()]
+    assert kinds.count("breakdown") == 12 and "block" not in kinds[kinds.index("breakdown") :]
+    assert len(summary["breakdown"]) == 10 and len(list((run / "traces").iterdir())) == 10
+    for row in summary["breakdown"]:
+        assert row["slow_down"] > 0 and row["unknown"] is None and row["unmatched"] is None
+        assert row["compute_s"] + row["exposed_s"] + row["idle_s"] == pytest.approx(row["mean_step_s"], rel=0.2)
+
+
 def test_telemetry_runs_beside_and_isolation_is_judged(finished: tuple[dict, Path]) -> None:
     summary, folder = finished
     records = [json.loads(line) for line in (folder / summary["run"] / "journal.jsonl").read_text().splitlines()]

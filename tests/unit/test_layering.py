@@ -19,6 +19,11 @@ WITHOUT_TORCH = (
     "experiment/stats.py",
     "experiment/journal.py",
     "experiment/check",
+    "experiment/breakdown/activities.py",
+    "experiment/breakdown/calls.py",
+    "experiment/breakdown/intervals.py",
+    "experiment/breakdown/perfetto.py",
+    "experiment/breakdown/summary.py",
     "errors.py",
 )
 SCRIPT = """

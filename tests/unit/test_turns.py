@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headgrid.runtime.collectives import Axis
+from headgrid.runtime.collectives import Axis, Issued
 from headgrid.runtime.turns import Job, Turns
+
+CALL = Issued("all_reduce", "tp", 8, overlapped=True)
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Log:
             self.events.append(("start", call))
             return Work() if async_op else Work.wait()  # type: ignore[func-returns-value]
 
-        self.axis._complete(start)  # type: ignore[arg-type]
+        self.axis._complete(CALL, start)  # type: ignore[arg-type]
 
     def job(self, call: int, collectives: int, sequences: object) -> Job:
         def compute() -> Tensor:
@@ -162,7 +164,7 @@ def test_collectives_are_hidden_behind_compute(at_once: int, takes: int) -> None
         nonlocal now
         for _ in range(3):
             now += 1
-            axis._complete(collective)  # type: ignore[arg-type]
+            axis._complete(CALL, collective)  # type: ignore[arg-type]
         return torch.empty(0)
 
     Turns((axis,), at_once).run([Job(k, compute, lambda _: None) for k in range(4)])

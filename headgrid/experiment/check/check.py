@@ -6,6 +6,7 @@ from typing import Any
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.check import (
+    breakdown,
     ceilings,
     clocks,
     integrity,
@@ -125,6 +126,7 @@ RUN_GATES: dict[str, Callable[[Run], Outcome]] = {
         verdicts.verified_times,
         predictions.memory,
         predictions.traffic,
+        breakdown.breakdown,
         run_physics,
         ceilings.calibration,
         ceilings.measured_ceilings,

@@ -84,7 +84,7 @@ def twins(run: Run) -> Outcome:
 
 def _examined_alike(segment: Segment, a: str, b: str) -> Iterator[Finding]:
     """What both have: an attempt that was cut may have the first one's only."""
-    for kind in ("memory", "traffic", "pipeline", "verify"):
+    for kind in ("memory", "traffic", "pipeline", "verify", "breakdown"):
         mine, others = (
             [{k: v for k, v in r.items() if k not in ("arm", "time_s")} for r in of_kind(segment.records, kind, arm)]
             for arm in (a, b)

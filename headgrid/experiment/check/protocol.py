@@ -27,11 +27,12 @@ def planted(run: Run) -> Outcome:
 
 
 def sentinels(run: Run) -> Outcome:
-    """Before each timing and at a launch's end, on every rank, in the time that passed there."""
+    """Before each timing and behind a launch's last one, on every rank, in the time that passed there."""
     if analysis_of(run.design) < 2:
         return
     for segment in segments(run.records):
-        for before, record in itertools.pairwise(segment.records):
+        rest = (record for record in segment.records if record["kind"] != "breakdown")  # behind the last reading
+        for before, record in itertools.pairwise(rest):
             if record["kind"] == "block" or (record["kind"] == "end" and record["completed"]):
                 where = f"{segment.where}, {record['kind']} {record.get('block', '')}".rstrip()
                 yield from _readings(run, before, record, where)

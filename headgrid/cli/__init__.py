@@ -11,6 +11,7 @@ from rich.markup import escape
 from headgrid import __version__
 from headgrid.cli import calibrate, check, lab, models, scale
 from headgrid.errors import HeadgridError
+from headgrid.runtime import launch
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -40,18 +41,27 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code or 0)
     except HeadgridError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(error.block()), style="red")
+        show(error)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        Console(stderr=True).print(
-            "interrupted: nothing is left running; a comparison goes on with --resume", style="yellow"
-        )
+        if not launch.joined_by_torchrun() or launch.place().local_rank == 0:
+            Console(stderr=True).print(
+                "interrupted: nothing is left running; a comparison goes on with --resume", style="yellow"
+            )
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if not _is_usage(error):
             raise
         Console(stderr=True, highlight=False).print(f"error: {escape(error.format_message())}", style="red")  # type: ignore[attr-defined]
         sys.exit(64)
+
+
+def show(error: HeadgridError) -> None:
+    """Print it; of ranks that a launcher started, one on each host does."""
+    shown, told = launch.settle(error) if launch.joined_by_torchrun() else (error, lambda: None)
+    if shown is not None:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(shown.block()), style="red")
+        told()
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -118,7 +118,7 @@ def _compare(
     if resume is None:
         started = launch.torchrun_rank()[1] if joined else None
         design, notes = plan.make(dataclasses.replace(wishes, started_ranks=started))
-        for note in notes:
+        for note in notes if not joined or launch.torchrun_rank()[0] == 0 else ():
             console.print(escape(note), style="yellow")
         backend, open_run = design.backend, lambda: folder.create(design, machine.environment(), out)
     else:
@@ -126,7 +126,8 @@ def _compare(
         if not joined:
             plan.recheck(folder.open_run(resume)[0])
     if joined:
-        run = runner.carry_out_joined(backend, open_run, telemetry_hz, breakdown=breakdown)
+        with progress_bar(console, own_thread=False, shown=launch.torchrun_rank()[0] == 0) as show:
+            run = runner.carry_out_joined(backend, open_run, telemetry_hz, show, breakdown=breakdown)
         if run is None:
             return
     else:

@@ -214,7 +214,8 @@ def _run(
     from headgrid.runtime import launch
 
     answer: dict[str, Any] = {}
-    with _shown(console) as show:
+    joined = launch.joined_by_torchrun()
+    with _shown(console, joined=joined, shown=not joined or launch.torchrun_rank()[0] == 0) as show:
 
         def told(event: dict[str, Any]) -> None:
             if event["event"] == "done":
@@ -225,7 +226,7 @@ def _run(
             else:
                 show(event)
 
-        if launch.joined_by_torchrun():
+        if joined:
             rank, ranks = launch.torchrun_rank()
             with launch.joined(settled.backend):
                 work(rank, ranks, payload | {"events": ""}, told)
@@ -245,10 +246,14 @@ def _each(events: Iterable[dict[str, Any]], told: Callable[[dict[str, Any]], Non
 
 
 @contextmanager
-def _shown(console: Console) -> Iterator[Callable[[dict[str, Any] | None], None]]:
-    """A bar while the checkpoint is read, and what is done after that; None takes it away."""
+def _shown(console: Console, *, joined: bool, shown: bool) -> Iterator[Callable[[dict[str, Any] | None], None]]:
+    """A bar while the checkpoint is read, and what is done after that; None takes it away.
+
+    In a process that is a rank itself (`joined`) no thread draws it.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    options: dict[str, Any] = {"transient": True, "auto_refresh": not joined, "disable": not shown}
+    with Progress(*columns, console=console, **options) as bar:
         task = bar.add_task("starting ranks", total=None)
 
         def show(event: dict[str, Any] | None) -> None:
@@ -258,6 +263,8 @@ def _shown(console: Console) -> Iterator[Callable[[dict[str, Any] | None], None]
                 bar.update(task, description="reading weights", completed=event["done"], total=event["whole"])
             elif event["event"] == "phase":
                 bar.update(task, description=escape(event["name"]), completed=0, total=None)
+            if joined and event is not None:
+                bar.refresh()
 
         yield show
 

@@ -68,7 +68,7 @@ def scale(
         raise InvalidInput(
             "headgrid scale starts its own ranks, one number of them after the other",
             why="a launcher has started this process as one of its ranks",
-            legal=("without the launcher",),
+            legal=("without the launcher", "headgrid compare under the launcher, once for each number of ranks"),
         )
     wishes = Wishes(
         model=model,

@@ -6,6 +6,8 @@ from typing import Any
 from headgrid.experiment import resolution
 from headgrid.experiment.design import SENSITIVE, analysis_of
 from headgrid.experiment.records import MIN_LAUNCHES, Record, latest_attempts, missing_blocks, of_kind
+from headgrid.layout.layout import parse_layout
+from headgrid.layout.placement import slices_apart
 
 
 def cpu_warning(ranks: int, cores: int | None = None) -> str:
@@ -88,12 +90,45 @@ def _completeness_warnings(design: Mapping[str, Any], records: Sequence[Record],
     yield "The run is incomplete" + (f": {missing} of {asked} timed blocks are missing." if missing else ".")
 
 
+def _host_warnings(design: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
+    """Where ranks ran on several hosts: what telemetry does not see, and slices whose exchange crosses hosts."""
+    placements = {tuple(record.get("hosts") or ()) for record in of_kind(records, "launch")}
+    several = sorted(hosts for hosts in placements if len(set(hosts)) > 1)
+    if len(placements) > 1:
+        yield "The launches had their ranks on different hosts."
+    for hosts in several[:1]:
+        on_first = hosts.count(0)
+        yield (
+            f"The ranks ran on {len(set(hosts))} hosts; telemetry and isolation tell of the first one only, which has"
+            f" {on_first} of the {len(hosts)} ranks: the others are unchecked."
+        )
+        layouts = dict.fromkeys(arm["layout"] for arm in design["arms"])
+        yield from filter(None, (slices_apart(parse_layout(layout), hosts) for layout in layouts))
+        yield from _crossing_sentences(design, records)
+
+
+def _crossing_sentences(design: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
+    """What the arms send from host to host, by the layouts' own figures."""
+    for phase, what in (("prefill", "a prefill"), ("decode", "a decode step")):
+        parts = []
+        for arm in design["arms"]:
+            rows = [r for r in of_kind(records, "traffic", arm["label"]) if r["phase"] == phase and r.get("crossings")]
+            if rows and arm["role"] != "aa":
+                across, inside = (
+                    sum(row[key] for row in rows[-1]["crossings"]) for key in ("across_bytes", "inside_bytes")
+                )
+                parts.append(f"{arm['label']} {across / 1e6:,.3g} of {(across + inside) / 1e6:,.3g} MB")
+        if parts:
+            yield f"Between hosts go in {what}, as rings in the order of ranks send it: {', '.join(parts)}."
+
+
 def warnings(design: Mapping[str, Any], records: Sequence[Record], summary: Mapping[str, Any]) -> list[str]:
     """All of them, the gravest first."""
     warnings = [cpu_warning(design["ranks"])] if design["device"] == "cpu" else []
     warnings += _completeness_warnings(design, records, summary["complete"])
     warnings += _accuracy_warnings(summary)
     warnings += _identity_warnings(design, records)
+    warnings += _host_warnings(design, records)
     warnings += _noise_warnings(design, summary)
     warnings += _replication_warnings(records, summary)
     return warnings

@@ -87,11 +87,13 @@ class StageClock:
         """`stage` is this rank's pipeline stage."""
         self.stage, self._device = stage, device
         self.events: list[dict[str, Any]] = []
+        self.zero_s = 0.0
+        """What times are counted from, by the clock of this host."""
 
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        return time.monotonic()  # one clock for all ranks of a host
+        return time.monotonic() - self.zero_s  # one clock for all ranks of a host
 
     def __call__(self, phase: str, micro_batch: int, step: int, compute: Callable[[], Tensor]) -> Tensor:
         """Compute and keep the times."""

@@ -1,6 +1,7 @@
 """Carries out a design: its launches one after the other, each on fresh ranks."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -75,12 +76,17 @@ def _carry_out_launch(
 
 
 def carry_out_joined(
-    backend: str, open_folder: Callable[[], Path], telemetry_hz: float = DEFAULT_HZ, *, breakdown: bool = True
+    backend: str,
+    open_folder: Callable[[], Path],
+    telemetry_hz: float = DEFAULT_HZ,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    *,
+    breakdown: bool = True,
 ) -> Path | None:
     """The same inside ranks that torchrun started: one launch, since the processes are given.
 
     Only rank 0 uses the folder that `open_folder` returns, and gets it back; the others need no common file system.
-    Telemetry is that of rank 0's host.
+    Telemetry is that of rank 0's host. `on_progress` is called on rank 0, between what is timed.
     """
     rank, _ = launch.torchrun_rank()
     with launch.joined(backend):
@@ -93,8 +99,16 @@ def carry_out_joined(
             with sampling(folder, telemetry_hz, gpus=backend == "nccl") if folder else nullcontext() as sampler:
                 if sampler is not None:
                     sampler.follow(child.pid for child in psutil.Process(os.getppid()).children())
-                launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend))
+                told = _progress_of(folder, on_progress, breakdown) if folder else None
+                launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend), told)
     return folder
+
+
+def _progress_of(folder: Path, report: Callable[[Progress], None], breakdown: bool) -> Callable[[dict[str, Any]], None]:
+    """What rank 0 tells of each record that it has written."""
+    design, records = open_run(folder)
+    written, total = itertools.count(len(records) + 1), expected_records(design, breakdown=breakdown)
+    return lambda record: report(Progress(min(next(written), total), total, describe(record)))
 
 
 def _next_payload(folder: Path) -> dict[str, Any] | None:

@@ -133,6 +133,10 @@ def rank_gpus(telemetry: Telemetry, records: Sequence[Record]) -> list[int]:
 
 
 def rank_pids(records: Sequence[Record]) -> dict[int, int]:
-    """The rank of each process id that a launch names. Ids of ranks on other hosts are among them and match nothing."""
-    launches = of_kind(records, "launch")
-    return {pid: rank for record in launches for rank, pid in enumerate(record.get("pids") or [])}
+    """The rank of each process id that a launch names on rank 0's host, which telemetry is of."""
+    found: dict[int, int] = {}
+    for record in of_kind(records, "launch"):
+        pids = record.get("pids") or []
+        hosts = record.get("hosts") or [0] * len(pids)
+        found |= {pid: rank for rank, (pid, host) in enumerate(zip(pids, hosts, strict=True)) if host == hosts[0]}
+    return found

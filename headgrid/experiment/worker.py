@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,15 @@ from headgrid.experiment.verify import Oracle, Trace, Truth, judge, judge_contro
 from headgrid.experiment.weights import weights_of
 from headgrid.layout.layout import Layout, Linears, parse_layout
 from headgrid.layout.memory import cache_shape, predict
+from headgrid.layout.placement import crossings, host_numbers
 from headgrid.layout.traffic import decode_collectives, layer_collectives, prefill_collectives
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder, barrier
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.hosts import host_id
 from headgrid.runtime.mesh import GroupPool, Mesh
+
+Listener = Callable[[dict[str, Any]], None]
 
 
 def gather_json(value: Any, device: torch.device) -> list[Any]:
@@ -51,7 +55,7 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
 class Launch:
     """State of one launch on one rank."""
 
-    def __init__(self, rank: int, design: Design, payload: dict[str, Any]) -> None:
+    def __init__(self, rank: int, design: Design, payload: dict[str, Any], listener: Listener | None = None) -> None:
         """Make the input, the groups and the cache arena; nothing is drawn yet. `payload` is that of `run_launch`.
 
         Raises InvalidInput if the text is not the declared one.
@@ -61,7 +65,10 @@ class Launch:
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, design.workload.dtype)
         self.journal = Journal(Path(payload["folder"]) / "journal.jsonl") if rank == 0 else None
+        self.listener = listener
         self.pool = GroupPool(rank)
+        self.who = gather_json(_identity(design.device), self.device)
+        self.hosts = host_numbers([each["host"] for each in self.who])
         rows = token_rows(read_identified(design.text), design.workload.batch, design.workload.seq)
         self.input_sha256 = hashlib.sha256(b"".join(rows)).hexdigest()
         text = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1).long()
@@ -81,7 +88,10 @@ class Launch:
     def record(self, kind: str, **values: Any) -> None:
         """Append to the journal (rank 0)."""
         if self.journal is not None:
-            self.journal.append({"kind": kind, "launch": self.index, "time_s": time.time(), **values})
+            record = {"kind": kind, "launch": self.index, "time_s": time.time(), **values}
+            self.journal.append(record)
+            if self.listener is not None:
+                self.listener(record)
 
     def engine(self, layout: Layout) -> Engine:
         """The layout's groups, weights and engine; its cache shares the arena with the others'."""
@@ -123,15 +133,18 @@ class Launch:
         return self.oracle.truth(trace.tokens, list(mine), self.share, linears)
 
 
-def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
-    """Entry point of every rank. `payload`: design, folder, launch index, attempt, and the blocks already done."""
+def run_launch(rank: int, ranks: int, payload: dict[str, Any], listener: Listener | None = None) -> None:
+    """Entry point of every rank. `payload`: design, folder, launch index, attempt, and the blocks already done.
+
+    A `listener` in rank 0's process is told of each record, outside of timed phases.
+    """
     begun = time.time()
     design = from_dict(payload["design"])
-    launch = Launch(rank, design, payload)
-    if len(set(gather_json(launch.input_sha256, launch.device))) > 1:
-        raise InvalidInput("ranks read different input", why="the text must be the same file on every host")
-    who = gather_json(_identity(design.device), launch.device)
-    weights = launch.weights.identity
+    launch = Launch(rank, design, payload, listener)
+    weights_sha256 = hashlib.sha256(launch.weights.identity.encode()).hexdigest()
+    _ensure_same(launch, "input", launch.input_sha256, "the text must be the same file on every host")
+    _ensure_same(launch, "weights", weights_sha256, "the checkpoint must be the same on every host")
+    who = launch.who
     launch.record(
         "launch",
         design_hash=payload["design"]["hash"],
@@ -141,8 +154,9 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
         device_names=[each["device"] for each in who],
         device_uuids=[each["uuid"] for each in who],
         pids=[each["pid"] for each in who],
+        hosts=list(launch.hosts),
         input_sha256=launch.input_sha256,
-        weights_sha256=hashlib.sha256(weights.encode()).hexdigest(),
+        weights_sha256=weights_sha256,
         start_s=begun - payload["started"],
         started_s=payload["started"],
     )
@@ -162,12 +176,22 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
     launch.record("end", completed=True, sentinels=closing)
 
 
+def _ensure_same(launch: Launch, what: str, mine: str, why: str) -> None:
+    """Raise InvalidInput on every rank if they do not all have the same."""
+    found = gather_json(mine, launch.device)
+    odd = [rank for rank, each in enumerate(found) if each != found[0]]
+    if odd:
+        numbers = f"ranks {', '.join(map(str, odd))} have another than rank 0"
+        raise InvalidInput(f"ranks read different {what}", numbers=numbers, why=why)
+
+
 def _identity(device: str) -> dict[str, Any]:
-    """This rank's process and device, so that telemetry of either can be laid to it."""
+    """This rank's process, host and device, so that telemetry of them can be laid to it."""
+    mine = {"pid": os.getpid(), "host": host_id()}
     if device != "cuda":
-        return {"pid": os.getpid(), "device": "cpu", "uuid": None}
+        return mine | {"device": "cpu", "uuid": None}
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    return {"pid": os.getpid(), "device": torch.cuda.get_device_name(), "uuid": uuid and f"GPU-{uuid}"}
+    return mine | {"device": torch.cuda.get_device_name(), "uuid": uuid and f"GPU-{uuid}"}
 
 
 def _turns(launch: Launch, done: list[int]) -> Iterator[tuple[int, Arm]]:
@@ -267,13 +291,19 @@ def _measure_traffic(launch: Launch, engine: Engine, phase: str) -> dict[str, An
     mine = {"totals": timer.totals(layer_collectives(*args)), "as_predicted": as_predicted(recorder.issued, predicted)}
     everyone = gather_json(mine, launch.device)
     ops = merge_totals([each["totals"] for each in everyone])
-    return {"phase": phase, "ops": ops, "as_predicted": all(each["as_predicted"] for each in everyone)}
+    found = {"phase": phase, "ops": ops, "as_predicted": all(each["as_predicted"] for each in everyone)}
+    if len(set(launch.hosts)) == 1:
+        return found
+    crossing = crossings(design.model, engine.layout, design.workload, launch.hosts, phase)
+    return found | {"crossings": [asdict(each) for each in crossing]}
 
 
 def _measure_pipeline(launch: Launch, engine: Engine) -> list[dict[str, Any]]:
     """When each stage computes which micro-batch, in a prefill and three decode steps; one rank for each stage."""
     clock = StageClock(engine.mesh.at.pp, launch.device)
     barrier(launch.device)
+    if len(set(launch.hosts)) > 1:  # each host has a clock of its own: they have a common barrier
+        clock.zero_s = time.monotonic()
     engine.prefill(launch.prompts, observe=clock)
     engine.decode(min(3, launch.design.workload.decode_steps), observe=clock)
     speaks = engine.mesh.tp.index == 0 and engine.mesh.at.dp == 0

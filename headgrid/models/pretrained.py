@@ -58,14 +58,27 @@ class Pretrained:
         """This rank's weights, read together with the other ranks of `axis`, all of which call this.
 
         With FP8 linears the ranks of `tp`, which share a layer, agree on scales when all is read: until then a rank
-        holds its part in `dtype`.
+        holds its part in `dtype`. Raises InvalidInput on all of them if their hosts have different checkpoints.
         """
+        self._ensure_same(axis, device)
         if not axis.index:
             self._check_copies()
         weights, views = allocate(self.spec, layout, axis.ranks[axis.index], dtype, device)
         stream.load(self.checkpoint, self.sources, self.spec, layout, axis, views, progress)
         del views  # each tensor is freed when it is rounded
         return all_as_kept(layout, weights, tp)
+
+    def _ensure_same(self, axis: Axis, device: torch.device) -> None:
+        """Ranks read parts for each other: of another checkpoint on another host they would make a mixture."""
+        mine = torch.tensor([self.checkpoint.fingerprint()], dtype=torch.int64, device=device)
+        found = axis.all_gather(mine, [1] * axis.size).tolist()
+        odd = [rank for rank, each in zip(axis.ranks, found, strict=True) if each != found[0]]
+        if odd:
+            raise InvalidInput(
+                f"ranks read different checkpoints in {self.folder}",
+                numbers=f"ranks {', '.join(map(str, odd[:16]))} have another than rank {axis.ranks[0]}",
+                why="the folder must hold the same files on every host",
+            )
 
     def _check_copies(self) -> None:
         """Raise InvalidInput where a head is stored beside the embeddings that it should be tied to, and differs."""

@@ -2,7 +2,8 @@
 
 The only place that reads or sets environment variables. Ranks come from a fork server that has torch loaded: 16 start
 in about a second, against a minute by spawning. They meet through a file, so no port is opened, and gloo is bound to
-the loopback interface.
+the loopback interface. torchrun's ranks meet through its store, and gloo is bound to the interface that leads to the
+other hosts: left alone it listens where the host's own name resolves to, often the loopback interface.
 """
 
 import faulthandler
@@ -24,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from headgrid.errors import HeadgridError, RankDied
+from headgrid.runtime.hosts import interface_of, is_loopback, local_address
+from headgrid.runtime.lifeline import lifeline
+from headgrid.runtime.meeting import Meeting, PeerLost, Place
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -54,18 +58,106 @@ def machine_environment() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
 
 
+def place() -> Place:
+    """Where the launcher has put this process."""
+    rank, ranks = torchrun_rank()
+    return Place(
+        rank,
+        ranks,
+        int(os.environ.get("LOCAL_RANK", rank)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        int(os.environ.get("MASTER_PORT", "0")),
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def _store() -> Any:
+    """The launcher's store; where it has none, rank 0 makes one."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://", timeout=_TIMEOUT))[0]
+
+
 @contextmanager
 def joined(backend: str) -> Iterator[None]:
-    """The default process group of ranks that torchrun started, for the length of the block."""
+    """The default process group of ranks that torchrun started, for the length of the block.
+
+    Raises RankDied if ranks do not come or are lost on the way, and what another rank has refused.
+    """
     import torch.distributed as dist
 
-    rank, _ = torchrun_rank()
-    _use_device(int(os.environ.get("LOCAL_RANK", rank)), backend)
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    here, store = place(), _store()
+    meeting = Meeting(store, here)
+    everyone = meeting.arrive()
+    _use_device(here.local_rank, backend)
+    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_among(here, everyone)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    others = _other_hosts(here, everyone)
+    with lifeline(Meeting(store.clone(), here), others), _losses_told(here):
+        ranks = {"store": store, "rank": here.rank, "world_size": here.ranks}
+        dist.init_process_group(backend, **ranks, timeout=_TIMEOUT)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def interface_among(here: Place, everyone: list[dict[str, Any]]) -> str | None:
+    """The network interface by which the other ranks reach this one; None if it cannot be told.
+
+    It is the one on the way to the launcher's address. On the host that has this address, its name may lead to the
+    loopback interface (Debian's /etc/hosts does that): then the one on the way to another host is taken.
+    """
+    mine = everyone[here.rank]
+    address = mine["address"]
+    if address is not None and is_loopback(address):
+        others = [each["address"] for each in everyone if each["host"] != mine["host"] and each["address"]]
+        away = next((each for each in others if not is_loopback(each)), None)
+        address = local_address(away, here.port) if away is not None else address
+    return interface_of(address) if address is not None else None
+
+
+def _other_hosts(here: Place, everyone: list[dict[str, Any]]) -> list[int]:
+    """The first rank of each host but this one's."""
+    first: dict[str, int] = {}
+    for rank, each in enumerate(everyone):
+        first.setdefault(each["host"], rank)
+    return [rank for host, rank in first.items() if host != everyone[here.rank]["host"]]
+
+
+@contextmanager
+def _losses_told(here: Place) -> Iterator[None]:
+    """What torch raises where another rank is gone, as PeerLost."""
+    from torch.distributed import DistError
+
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, DistError) and "gloo" not in text.lower():
+            raise
+        raise PeerLost(
+            f"rank {here.rank} of {here.ranks} has lost another rank",
+            numbers=" ".join(text.split())[:300],
+            why="a rank ended before its work was done, or the network between the hosts is interrupted",
+            command="see what the launcher says of the ranks on each host",
+        ) from error
+
+
+def settle(error: HeadgridError) -> tuple[HeadgridError | None, Callable[[], None]]:
+    """Tell the other ranks that the launcher started of this one's failure.
+
+    What this rank has to show of it (None: another rank of the host shows it), and what to call once it is shown.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the ranks beside one that has ended
+    try:
+        meeting = Meeting(_store(), place())
+        return meeting.settle(error), meeting.told
+    except (RuntimeError, OSError):  # the store is gone with the launcher's first agent
+        return error, lambda: None
 
 
 def share_text(text: str) -> str:
@@ -82,14 +174,14 @@ def share_text(text: str) -> str:
     return bytes(data.tolist()).decode()
 
 
-def call(job: Job) -> None:
-    """Run the job in this process, one of torchrun's, inside `joined`."""
-    _call(job, *torchrun_rank())
+def call(job: Job, *more: Any) -> None:
+    """Run the job in this process, one of torchrun's, inside `joined`; the target gets `more` behind the payload."""
+    _call(job, *torchrun_rank(), *more)
 
 
-def _call(job: Job, rank: int, ranks: int) -> None:
+def _call(job: Job, rank: int, ranks: int, *more: Any) -> None:
     module, _, name = job.target.partition(":")
-    getattr(importlib.import_module(module), name)(rank, ranks, job.payload)
+    getattr(importlib.import_module(module), name)(rank, ranks, job.payload, *more)
 
 
 def _use_device(local_rank: int, backend: str) -> None:

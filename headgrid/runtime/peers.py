@@ -16,6 +16,7 @@ from headgrid.layout.peers import ROOMS, shuffles, suits
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import Core, Slices
 from headgrid.runtime.hidden import Hidden
+from headgrid.runtime.hosts import host_id
 from headgrid.runtime.kernels import power_of_two
 from headgrid.runtime.layer import Layer, Norm
 from headgrid.runtime.quantised import Input, Weight, linear_into
@@ -196,14 +197,18 @@ def direct_stage(stage: Stage, plan: tuple[MicroBatch, ...]) -> DirectStage | No
     """
     most = max((mb.size for mb in plan), default=0)
     fits = suits(stage.model, stage.layout, most, stage.dtype.itemsize)
-    if not (fits and stage.device.type == "cuda" and reachable(stage.mesh.tp)):
+    if not (fits and stage.device.type == "cuda" and reachable(stage.mesh.tp, stage.device)):
         return None
     return DirectStage(stage, plan)
 
 
-def reachable(axis: Axis) -> bool:
-    """Whether all ranks of the axis are GPUs of this host that can read each other's memory."""
-    count = torch.cuda.device_count()
-    if len({rank // count for rank in axis.ranks}) > 1:  # ranks are numbered host by host
+def reachable(axis: Axis, device: torch.device) -> bool:
+    """Whether all ranks of the axis are GPUs of one host that can read each other's memory. Collective over the axis.
+
+    Ranks say which host they are on: their numbers do not tell it where a launcher uses some of a host's GPUs.
+    """
+    mine = torch.tensor([int(host_id(), 16)], dtype=torch.int64, device=device)
+    if len(set(axis.all_gather(mine, [1] * axis.size).tolist())) > 1:
         return False
+    count = torch.cuda.device_count()
     return all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)

@@ -1,7 +1,7 @@
 """Which decode steps may go through peers' memory, and how much of it (that they are right there, tests/gpu shows)."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -101,3 +101,27 @@ def test_a_comparison_on_gpus_has_room_for_it() -> None:
     assert each[0] == 2 * 8 * SEED.hidden_size * 2 < each[1] and each[2] == 0
     gpu, cpu = (budget.need(SEED, layouts, work, device) for device in ("cuda", "cpu"))
     assert (gpu.peers_bytes, cpu.peers_bytes) == (sum(each), 0)
+
+
+class Ranks:
+    """An axis whose other ranks say they are on these hosts."""
+
+    def __init__(self, others: list[str]) -> None:
+        self.others, self.size = others, 1 + len(others)
+
+    def all_gather(self, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        assert x.numel() == 1 and sizes == [1] * self.size
+        return torch.cat([x, torch.tensor([int(other, 16) for other in self.others])])
+
+
+def test_memory_of_another_host_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where both hosts have more GPUs than the launcher uses, so that numbers of ranks look like one host's."""
+    fake: Any = torch.cuda
+    monkeypatch.setattr(fake, "device_count", lambda: 8)
+    monkeypatch.setattr(fake, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(peers, "host_id", lambda: "a" * 12)
+    here, device = "a" * 12, torch.device("cpu")
+    assert peers.reachable(Ranks([here, here, here]), device)  # type: ignore[arg-type]
+    assert not peers.reachable(Ranks([here, "b" * 12, "b" * 12]), device)  # type: ignore[arg-type]
+    monkeypatch.setattr(fake, "can_device_access_peer", lambda a, b: a != 3)
+    assert not peers.reachable(Ranks([here, here, here]), device)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from headgrid.experiment.check.run import Run
 from headgrid.experiment.records import Record, is_verified, of_kind
 from headgrid.layout.layout import Layout
 from headgrid.layout.memory import predict
+from headgrid.layout.placement import crossings
 from headgrid.layout.traffic import decode_collectives, layer_collectives, prefill_collectives
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
@@ -92,6 +93,20 @@ def traffic(run: Run) -> Outcome:
                 faults = _rows_differ if run.same_version else _totals_differ
                 wrong = faults(record, _rows(run.model, layout, run.workload, record["phase"]))
                 yield from (Finding("traffic.predicted", where, what) for what in wrong)
+            yield from _crossings(run, record, layout, where)
+
+
+def _crossings(run: Run, record: Record, layout: Layout, where: str) -> Iterator[Finding]:
+    """What crosses hosts, made again from the launch's own placement of ranks."""
+    assert run.model is not None and run.workload is not None
+    launches = [each for each in of_kind(run.records, "launch") if each["launch"] == record["launch"]]
+    hosts = launches[-1].get("hosts") or [0] if launches else [0]
+    stated = record.get("crossings")
+    made = None
+    if len(set(hosts)) > 1 and len(hosts) == layout.ranks:
+        made = [asdict(each) for each in crossings(run.model, layout, run.workload, hosts, record["phase"])]
+    if stated != made and (run.same_version or (stated is None) != (made is None)):
+        yield Finding("traffic.crossings", where, "what crosses hosts is not what the layout gives for these hosts")
 
 
 def _totals_differ(record: Record, expected: Rows) -> Iterator[str]:

@@ -12,6 +12,7 @@ from headgrid.experiment.check.run import Run, segments
 from headgrid.experiment.design import ENOUGH_TOKENS, SENSITIVE, allowed_multiple
 from headgrid.experiment.records import Record, is_verified, of_kind
 from headgrid.experiment.text import Text, read_identified, token_rows
+from headgrid.layout.placement import host_numbers
 
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
@@ -111,7 +112,7 @@ def _inputs(run: Run, launches: Iterable[Record]) -> Iterator[Finding | Note]:
 
 
 def devices(run: Run) -> Outcome:
-    """The ranks' devices are those of the environment."""
+    """The ranks' devices are those of the environment, which is that of rank 0's host."""
     design = run.design
     if design["backend"] != {"cuda": "nccl", "cpu": "gloo"}[design["device"]]:
         yield Finding("identity.devices", "design.json", f"{design['backend']} on {design['device']}")
@@ -122,8 +123,12 @@ def devices(run: Run) -> Outcome:
             yield Finding(
                 "identity.devices", f"launch {record['launch']}", f"{len(names)} devices, {design['ranks']} ranks"
             )
-        if design["device"] == "cuda" and not set(names) <= set(present):
-            what = f"ran on {', '.join(sorted(set(names)))}; env.json has {', '.join(sorted(set(present))) or 'no GPU'}"
+        hosts = record.get("hosts") or [0] * len(names)
+        if list(host_numbers(hosts)) != hosts or len(hosts) != design["ranks"]:
+            yield Finding("identity.devices", f"launch {record['launch']}", f"hosts of ranks: {hosts}")
+        here = {name for name, host in zip(names, hosts, strict=False) if not host}
+        if design["device"] == "cuda" and not here <= set(present):
+            what = f"ran on {', '.join(sorted(here))}; env.json has {', '.join(sorted(set(present))) or 'no GPU'}"
             yield Finding("identity.devices", f"launch {record['launch']}", what)
         if design["device"] == "cpu" and set(names) != {"cpu"}:
             yield Finding("identity.devices", f"launch {record['launch']}", f"a CPU run on {names[0]}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headgrid.runtime.kernels import power_of_two
+from headgrid.runtime.kernels import chained, launches_early, power_of_two
 from headgrid.spec.model import ModelSpec
 
 _WIDEST = 1 << 15
@@ -66,7 +66,8 @@ def _normed(
         _kernels().add_norm[(count,)](
             x, x if y is None else y, weight, weight if shift is None else shift, out, x if scales is None else scales,
             width, model.norm_eps, TINY, ADD=y is not None, RMS=model.norm == "rms", SHIFT=shift is not None,
-            UNIT=model.norm_unit_offset, FP8=scales is not None, BLOCK=block, num_warps=_warps(block),
+            UNIT=model.norm_unit_offset, FP8=scales is not None, BLOCK=block, EARLY=launches_early(x.device),
+            num_warps=_warps(block), **chained(x.device),
         )  # fmt: skip
     return out
 

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -44,9 +45,12 @@ def normed(x, weight_ptr, shift_ptr, cols, inside, width, eps, RMS: tl.constexpr
 def add_norm(
     x_ptr, y_ptr, weight_ptr, shift_ptr, out_ptr, scale_ptr, width, eps, tiny,
     ADD: tl.constexpr, RMS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, FP8: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (row): x += y, rounded as x is kept; then the norm of that, in FP8 with a scale if wanted."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     at = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     inside = cols < width

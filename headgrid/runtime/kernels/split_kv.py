@@ -24,7 +24,8 @@ class Plan:
 
     A program reads `block` keys at a time, by `warps` warps that load `stages` - 1 blocks ahead. One that merges takes
     a query head, and up to `columns` of its channels. `chained`: the first kernel too is launched before the one ahead
-    of it has ended, if that one allows it (programmatic dependent launch; the merging kernel always is).
+    of it has ended, if that one allows it (programmatic dependent launch; the merging kernel always is). It can then
+    call the first `ahead` keys of each split, and their values, into the L2 cache before it waits for that end.
     """
 
     splits: int
@@ -33,6 +34,7 @@ class Plan:
     stages: int
     columns: int = 256
     chained: bool = False
+    ahead: int = 0
 
 
 def plan(
@@ -117,6 +119,7 @@ def _launch(
     (b, _, heads, d), (_, _, kv_heads, u) = q.shape, caches[1].shape
     several, group = how.splits > 1, heads // kv_heads
     early = _chip(q.device).launches_early
+    lines = all(n * q.element_size() % 16 == 0 for x in caches for n in (*x.stride()[:3], x.shape[3]))
     parts = torch.empty(b * heads, how.splits if several else 0, u, dtype=torch.float32, device=q.device)
     lses = torch.empty(parts.shape[:2], dtype=torch.float32, device=q.device)
     tensors = (parts, lses, *results, positions, results[0].stride(0), results[0].stride(2))
@@ -124,9 +127,11 @@ def _launch(
     kernels.partial[(b * kv_heads, how.splits)](
         q, *caches, *tensors, scale, softcap, q.stride(0), q.stride(2),
         *(x.stride(dim) for x in caches for dim in (0, 2, 1)), *division,
+        caches[0].shape[1], how.ahead,
         CAPPED=softcap > 0, GROUP=group, D=d, U=u, GROUP_PADDED=_padded(group), D_PADDED=_padded(d),
         U_PADDED=_padded(u), BLOCK=how.block, STAGES=how.stages, SEVERAL=several, EARLY=early,
-        CHAINED=early and how.chained, WIDE=not q.is_cuda and q.dtype == torch.bfloat16,
+        CHAINED=early and how.chained, AHEAD=lines and how.ahead > 0, THREADS=32 * how.warps,
+        WIDE=not q.is_cuda and q.dtype == torch.bfloat16,
         num_warps=how.warps, **_early(early and how.chained),
     )  # fmt: skip
     if several:

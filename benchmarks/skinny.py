@@ -32,14 +32,16 @@ SHAPES = [  # inputs, outputs: of one rank of 1, 2 and 4
     *((4096, 3072), (1024, 4096)),
     (4096, 32_000),
 ]
+FEW = [(4, 4096, 8), (2, 4096, 4), (2, 4096, 8), (4, 2048, 4), (8, 2048, 8), (8, 1024, 4), (16, 1024, 8), (8, 1024, 8)]
+GROUPS = [(16, 512, 4, 3, 4), (16, 512, 4, 4, 4), (16, 512, 8, 4, 8), (32, 256, 4, 4, 4), (16, 256, 2, 4, 2),
+          (16, 1024, 8, 3, 8), (32, 512, 8, 3, 8), (32, 512, 8, 4, 8)]  # fmt: skip
 TILES = {  # by padded rows: outs, inner, warps, stages, tma
-    16: [(16, 256, 1, 4), (16, 512, 4, 3), (32, 256, 4, 4), (32, 128, 2, 5), (64, 128, 4, 4), (64, 128, 4, 4, True),
-         (128, 64, 4, 5)],
-    32: [(32, 128, 2, 5), (32, 256, 4, 4), (64, 128, 4, 4), (64, 128, 4, 4, True), (128, 64, 4, 5), (128, 128, 8, 4)],
-    64: [(32, 128, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 5), (64, 128, 4, 4, True), (128, 64, 4, 4),
-         (128, 64, 8, 5, True)],
-    128: [(64, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5, True), (128, 64, 8, 3), (128, 64, 8, 5),
-          (128, 64, 8, 5, True), (128, 128, 8, 3), (256, 64, 8, 4)],
+    16: [(32, 256, 4, 4), (32, 256, 4, 5), (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 6), (64, 128, 4, 6, True)],
+    32: [(32, 256, 4, 4), (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 6), (64, 128, 4, 5, True), (128, 64, 4, 5),
+         (64, 64, 4, 8)],
+    64: [(64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 4, True), (64, 128, 4, 6), (64, 64, 4, 5), (64, 64, 4, 7),
+         (128, 64, 8, 5, True), (128, 64, 4, 5)],
+    128: [(128, 64, 8, 5), (128, 64, 8, 6), (128, 64, 8, 6, True), (64, 128, 4, 4)],
 }  # fmt: skip
 
 
@@ -109,18 +111,24 @@ class Case:
 
 def launches(rows: int, inputs: int, outputs: int) -> Iterator[Plan]:
     """Tiles, each with about one, two and four programs for each processor."""
+    if rows <= 4:
+        yield from (Plan(outs, k, warps, 0) for outs, k, warps in FEW if k <= inputs)
+    if rows <= 16:
+        for outs, inner, warps, stages, groups in GROUPS:
+            if outputs // outs <= 800:
+                yield Plan(outs, inner, warps, stages, 1, 16_384 // outs, groups=groups)
     for outs, inner, warps, stages, *tma in TILES[skinny.padded(rows)]:
         tiles, blocks = -(-outputs // outs), inputs // inner
-        splits = {max(1, min(blocks // 2, 8, round(132 * n / tiles))) for n in (1, 2, 4) if tiles < 132 * n * 1.4}
+        splits = {max(1, min(blocks // 2, 8, round(132 * n / tiles))) for n in (1, 2) if tiles < 132 * n * 1.4}
         for n in sorted(splits or {1}):
             yield Plan(outs, inner, warps, stages, n, 16_384 // outs, bool(tma))
 
 
 def sweep(case: Case, rows: int, inputs: int, outputs: int) -> dict[Plan, float]:
     times = {launch: case.seconds(launch) for launch in launches(rows, inputs, outputs)}
-    best = sorted(times, key=lambda launch: times[launch])[:2]
+    best = sorted((launch for launch in times if launch.stages), key=lambda launch: times[launch])[:1]
     for launch in best:
-        for size_bytes in (0, 16 << 10, 64 << 10, 128 << 10):
+        for size_bytes in (0, 16 << 10, 64 << 10):
             other = replace(launch, ahead=size_bytes // 2 // launch.outs)
             times[other] = case.seconds(other)
     return times
@@ -134,7 +142,7 @@ def product(rows: int, inputs: int, outputs: int) -> Plan | None:
 def compiled(task: tuple[int, int, int]) -> None:
     """Fill the compiler's cache, so that the sweep need not wait for it."""
     part, parts, _ = task
-    work = [(rows, launch) for rows, tiles in TILES.items() for launch in launches(rows, 4096, 4096) if tiles]
+    work = [(rows, launch) for rows in (1, 2, 4, 8, *TILES) for launch in launches(rows, 4096, 4096)]
     seen = {(rows, replace(launch, splits=min(2, launch.splits))): launch for rows, launch in work}
     for n, ((rows, _), launch) in enumerate(seen.items()):
         for splits in {1, launch.splits}:
@@ -183,7 +191,7 @@ def layers(tp: int, rows: int, plans: dict[tuple[int, int], Plan | None]) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 64, 128])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--shapes", nargs="*", default=[f"{k}x{o}" for k, o in SHAPES])
     parser.add_argument("--product", action="store_true", help="no sweep: only the launches that the product takes")
     parser.add_argument("--seconds", type=float, default=60, help="no case starts after this")
@@ -219,7 +227,7 @@ def main() -> None:
         print(f"{time.monotonic() - began:.0f} s in", flush=True)
     del buffer
     for tp in (1, 2, 4):
-        for rows in sorted({options.rows[0], options.rows[-1]}):
+        for rows in [n for n in options.rows if n in (1, 8, 16, 64)]:
             plans = {(k, o): plan for (b, k, o), plan in found.items() if b == rows}
             mine, theirs = layers(tp, rows, plans), layers(tp, rows, {})
             size = 2 * WIDTH * (4 * WIDTH + 2 * UNITS) // tp
@@ -231,10 +239,11 @@ def main() -> None:
 def table(case: Case, cublas: float, times: dict[Plan, float], best: list[Plan]) -> None:
     size = case.size_bytes / 1e12
     print(f"{case.name:16s} cuBLAS {cublas * 1e6:7.2f} us {size / cublas:5.2f} TB/s")
-    tiles = {(launch.outs, launch.inner, launch.warps, launch.stages, launch.tma): launch for launch in reversed(best)}
-    for launch in dict.fromkeys([*best[:3], *(tiles[key] for key in reversed(tiles))][:5]):
+    kinds = {(launch.stages > 0, launch.groups > 1, launch.splits > 1): launch for launch in reversed(best)}
+    for launch in dict.fromkeys([*best[:3], *(kinds[key] for key in reversed(kinds))]):
         s = times[launch]
         how = f"({launch.outs},{launch.inner},{launch.warps},{launch.stages}{',tma' if launch.tma else ''})"
+        how += f" x {launch.groups}" * (launch.groups > 1)
         how += f" / {launch.splits} ahead {launch.ahead * launch.outs * 2 >> 10} K"
         print(f"   {how:36s} {s * 1e6:7.2f} us {size / s:5.2f} TB/s {s / cublas:.3f} of cuBLAS", flush=True)
 

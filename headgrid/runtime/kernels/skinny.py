@@ -34,6 +34,7 @@ class Plan:
     splits: int = 1
     ahead: int = 0
     tma: bool = False
+    groups: int = 1
 
 
 def product(
@@ -73,13 +74,21 @@ def _launch(
     kernels: Any = skinny_triton
     (rows, width), units, several, early = x.shape, out.shape[1], how.splits > 1, launches_early(x.device)
     kind, gated, add = end
+    if not how.stages:
+        kernels.few[(-(-units // how.outs),)](
+            x, weight, out if bias is None else bias, out, width, units, x.stride(0), weight.stride(0), out.stride(0),
+            ROWS=rows, ROWS_PADDED=power_of_two(rows), OUT=how.outs, K=how.inner, num_warps=how.warps,
+            KIND=kind, GATED=gated, BIAS=bias is not None, ADD=add, EARLY=early, **chained(x.device),
+        )  # fmt: skip
+        return
     parts = torch.empty(how.splits if several else 0, rows, len(weight), dtype=torch.float32, device=x.device)
     ending = {"KIND": kind, "GATED": gated, "BIAS": bias is not None, "ADD": add, "EARLY": early}
     ends = (out if bias is None else bias, out, parts)
     kernels.product[(-(-units // how.outs), how.splits)](
         x, weight, _descriptor(weight, how) if how.tma else weight, *ends,
         rows, width, units, x.stride(0), weight.stride(0), out.stride(0), how.ahead, how.splits,
-        ROWS=padded(rows), OUT=how.outs, K=how.inner, STAGES=how.stages, SEVERAL=several, TMA=how.tma,
+        ROWS=8 if rows <= 8 and how.groups > 1 else padded(rows), OUT=how.outs, K=how.inner, STAGES=how.stages,
+        SEVERAL=several, GROUPS=how.groups, TMA=how.tma,
         CHUNKS=max(1, 32 * how.warps // how.outs), WIDE=not x.is_cuda and x.dtype == torch.bfloat16,
         num_warps=how.warps, **ending, **chained(x.device),
     )  # fmt: skip

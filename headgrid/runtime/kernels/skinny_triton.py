@@ -13,8 +13,8 @@ _RUNTIME = ["rows", "ahead", "splits"]  # one compilation serves all of their va
 def product(
     x_ptr, w_ptr, w_desc, bias_ptr, out_ptr, part_ptr, rows, width, units, x_row, w_row, out_row, ahead, splits,
     ROWS: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, SEVERAL: tl.constexpr,
-    KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, TMA: tl.constexpr,
-    CHUNKS: tl.constexpr, EARLY: tl.constexpr, WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    TMA: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, split): OUT columns of x W^T over the split's share of `width`; finished here if there is one
     split, otherwise a part [rows, units (2 units if GATED)] in fp32 for `merge`.
@@ -32,29 +32,51 @@ def product(
         if GATED:
             _call(w_rows + units.to(tl.int64) * w_row + first, tl.minimum(ahead, last - first), CHUNKS, OUT)
         gdc_wait()
-    tokens, inner = tl.arange(0, ROWS), tl.arange(0, K)
-    x_at = x_ptr + tokens[:, None] * x_row + inner[None, :]
-    w_at = w_rows[:, None] + inner[None, :]
+    tokens = tl.arange(0, ROWS)
     there = tokens[:, None] < rows
     acc = tl.zeros([OUT, ROWS], tl.float32)
     ups = tl.zeros([OUT, ROWS], tl.float32)
-    for k in tl.range(first, last, K, num_stages=STAGES):
-        x = tl.load(x_at + k, mask=there, other=0.0)
-        if TMA:
-            w = w_desc.load([tile * OUT, k])
-        else:
+    if GROUPS > 1:  # each group of warps sums its own part of every block of inputs
+        PART: tl.constexpr = K // GROUPS
+        inner = (tl.arange(0, GROUPS) * PART)[:, None, None] + tl.arange(0, PART)[None, None, :]
+        x_at = x_ptr + tokens[None, :, None] * x_row + inner
+        w_at = w_rows[None, :, None] + inner
+        sums = tl.zeros([GROUPS, OUT, ROWS], tl.float32)
+        sums_up = tl.zeros([GROUPS, OUT, ROWS], tl.float32)
+        for k in tl.range(first, last, K, num_stages=STAGES):
+            x = tl.load(x_at + k, mask=there[None, :, :], other=0.0)
             w = tl.load(w_at + k)
-        if WIDE:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-        if GATED:
-            if TMA:
-                up = w_desc.load([units + tile * OUT, k])
-            else:
-                up = tl.load(w_at + units.to(tl.int64) * w_row + k)
             if WIDE:
-                up = up.to(tl.float32)
-            ups = tl.dot(up, tl.trans(x), ups, input_precision="ieee")
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            sums = tl.dot(w, tl.permute(x, (0, 2, 1)), sums, input_precision="ieee")
+            if GATED:
+                up = tl.load(w_at + units.to(tl.int64) * w_row + k)
+                if WIDE:
+                    up = up.to(tl.float32)
+                sums_up = tl.dot(up, tl.permute(x, (0, 2, 1)), sums_up, input_precision="ieee")
+        acc = tl.sum(sums, 0)
+        ups = tl.sum(sums_up, 0)
+    else:
+        inner = tl.arange(0, K)
+        x_at = x_ptr + tokens[:, None] * x_row + inner[None, :]
+        w_at = w_rows[:, None] + inner[None, :]
+        for k in tl.range(first, last, K, num_stages=STAGES):
+            x = tl.load(x_at + k, mask=there, other=0.0)
+            if TMA:
+                w = w_desc.load([tile * OUT, k])
+            else:
+                w = tl.load(w_at + k)
+            if WIDE:
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+            if GATED:
+                if TMA:
+                    up = w_desc.load([units + tile * OUT, k])
+                else:
+                    up = tl.load(w_at + units.to(tl.int64) * w_row + k)
+                if WIDE:
+                    up = up.to(tl.float32)
+                ups = tl.dot(up, tl.trans(x), ups, input_precision="ieee")
     y, second = tl.trans(acc), tl.trans(ups)
     inside = there & (outs[None, :] < units)
     if SEVERAL:
@@ -66,6 +88,45 @@ def product(
     else:
         out_at = out_ptr + tokens[:, None] * out_row + outs[None, :]
         _finish(y, second, bias_ptr, out_at, outs[None, :], inside, units, KIND, GATED, BIAS, ADD)
+
+
+@triton.jit
+def few(
+    x_ptr, w_ptr, bias_ptr, out_ptr, width, units, x_row, w_row, out_row,
+    ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program (tile): OUT columns of x W^T for very few rows, by plain multiplications; a block of weights is in
+    registers before the kernel ahead has ended, and while the one before it is summed.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    outs, inner, tokens = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, K), tl.arange(0, ROWS_PADDED)
+    w_at = w_ptr + tl.minimum(outs, units - 1).to(tl.int64)[:, None] * w_row + inner[None, :]
+    up_at = w_at + units.to(tl.int64) * w_row
+    w = tl.load(w_at)
+    up = w
+    if GATED:
+        up = tl.load(up_at)
+    if EARLY:
+        gdc_wait()
+    y = tl.zeros([ROWS_PADDED, OUT], tl.float32)
+    ups = tl.zeros([ROWS_PADDED, OUT], tl.float32)
+    for k in tl.range(0, width, K, num_stages=1):
+        here, here_up = w.to(tl.float32), up.to(tl.float32)
+        if k + K < width:
+            w = tl.load(w_at + k + K)
+            if GATED:
+                up = tl.load(up_at + k + K)
+        for row in tl.static_range(ROWS):
+            x = tl.load(x_ptr + row * x_row + k + inner).to(tl.float32)[None, :]
+            mine = tokens[:, None] == row
+            y += tl.where(mine, tl.sum(here * x, 1)[None, :], 0.0)
+            if GATED:
+                ups += tl.where(mine, tl.sum(here_up * x, 1)[None, :], 0.0)
+    inside = (tokens[:, None] < ROWS) & (outs[None, :] < units)
+    out_at = out_ptr + tokens[:, None] * out_row + outs[None, :]
+    _finish(y, ups, bias_ptr, out_at, outs[None, :], inside, units, KIND, GATED, BIAS, ADD)
 
 
 @triton.jit(do_not_specialize=["rows"])

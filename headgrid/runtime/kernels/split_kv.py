@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headgrid.runtime.kernels import power_of_two
 
+MERGED = 1024  # elements of parts that a warp of the merging kernel takes
 LEAST_KEYS = 64  # of a split; fewer take longer to merge than to read
 
 
@@ -139,7 +140,7 @@ def _launch(
         chunk = min(power_of_two(how.splits), 8192 // columns)
         kernels.merge[(b * heads, -(-u // columns))](
             *tensors, *division, U=u, COLUMNS=columns, CHUNK=chunk, EARLY=early,
-            num_warps=min(4, max(1, chunk * columns // 1024)), **_early(early),
+            num_warps=min(4, max(1, chunk * columns // MERGED)), **_early(early),
         )  # fmt: skip
 
 

@@ -17,5 +17,5 @@ def launches_early(device: torch.device) -> bool:
 
 
 def chained(device: torch.device) -> dict[str, bool]:
-    """Options of a launch that does so where it can; the kernel must wait before it reads what others write."""
-    return {"launch_pdl": True} if launches_early(device) else {}
+    """Options of a kernel that is launched early where it can be, and waits before it reads what others write."""
+    return {"EARLY": True, "launch_pdl": True} if launches_early(device) else {"EARLY": False}

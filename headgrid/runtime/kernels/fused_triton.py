@@ -6,6 +6,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def early(EARLY: tl.constexpr):
+    """The next kernel may be launched now, this one reads and writes only what the one ahead has left."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
 def in_fp8(x, tiny):
     """A row x in fp32 as e4m3, in fp32 still, and its scale: max|x| / 448, or `tiny` for a row of nearly zeros."""
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x)), 448.0), tiny)
@@ -48,9 +56,7 @@ def add_norm(
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (row): x += y, rounded as x is kept; then the norm of that, in FP8 with a scale if wanted."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+    early(EARLY)
     at = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -70,9 +76,10 @@ def add_norm(
 @triton.jit
 def quantise(
     x_ptr, out_ptr, scale_ptr, width, x_row, tiny,
-    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (row): activation(x), or activation(gate) x up where a row is both, in FP8 with a scale."""
+    early(EARLY)
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = cols < width
     x = tl.load(x_ptr + row * x_row + cols, mask=inside, other=0.0)
@@ -90,8 +97,10 @@ def store(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, start_ptr, queries, capacity, first, stride,
     k_b, k_s, v_b, v_s, to_k_b, to_k_s, to_v_b, to_v_s,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query): its key and value [K d], [K u] to their slot of the cache, if it keeps that one."""
+    early(EARLY)
     row = tl.program_id(0)
     sequence, query = (row // queries).to(tl.int64), (row % queries).to(tl.int64)
     position = tl.load(start_ptr + sequence).to(tl.int64) + query - first
@@ -108,9 +117,10 @@ def store(
 @triton.jit
 def rotate(
     x_ptr, cos_ptr, sin_ptr, start_ptr, queries, heads, x_b, x_s, x_h,
-    PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query): channel pairs (c, c + PAIRS) of all heads turned by the angles of its position."""
+    early(EARLY)
     row = tl.program_id(0)
     sequence, query = (row // queries).to(tl.int64), (row % queries).to(tl.int64)
     position = tl.load(start_ptr + sequence).to(tl.int64) + query
@@ -129,8 +139,9 @@ def rotate(
 
 
 @triton.jit
-def gate(x_ptr, units, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def gate(x_ptr, units, KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Program (row, block): activation(gate) x up of a row [2 units], in the place of the gate."""
+    early(EARLY)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < units
     at = x_ptr + tl.program_id(0).to(tl.int64) * 2 * units + cols

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headgrid.runtime.kernels import chained, launches_early, power_of_two
+from headgrid.runtime.kernels import chained, power_of_two
 
 MOST_ROWS = 128
 MERGED = 512  # columns that a program of the merging kernel takes
@@ -72,17 +72,17 @@ def _launch(
     from headgrid.runtime.kernels import skinny_triton  # Triton exists only where there is a GPU
 
     kernels: Any = skinny_triton
-    (rows, width), units, several, early = x.shape, out.shape[1], how.splits > 1, launches_early(x.device)
+    (rows, width), units, several = x.shape, out.shape[1], how.splits > 1
     kind, gated, add = end
     if not how.stages:
         kernels.few[(-(-units // how.outs),)](
             x, weight, out if bias is None else bias, out, width, units, x.stride(0), weight.stride(0), out.stride(0),
             ROWS=rows, ROWS_PADDED=power_of_two(rows), OUT=how.outs, K=how.inner, num_warps=how.warps,
-            KIND=kind, GATED=gated, BIAS=bias is not None, ADD=add, EARLY=early, **chained(x.device),
+            KIND=kind, GATED=gated, BIAS=bias is not None, ADD=add, **chained(x.device),
         )  # fmt: skip
         return
     parts = torch.empty(how.splits if several else 0, rows, len(weight), dtype=torch.float32, device=x.device)
-    ending = {"KIND": kind, "GATED": gated, "BIAS": bias is not None, "ADD": add, "EARLY": early}
+    ending = {"KIND": kind, "GATED": gated, "BIAS": bias is not None, "ADD": add}
     ends = (out if bias is None else bias, out, parts)
     kernels.product[(-(-units // how.outs), how.splits)](
         x, weight, _descriptor(weight, how) if how.tma else weight, *ends,

@@ -3,7 +3,7 @@
 Each figure is the median of replays of one CUDA graph of 16 products or more with different weights, together larger
 than any L2 cache, so that what is measured is memory. Every launch is checked against fp32 first, its output poisoned.
 At last four layers without their exchanges, as decode runs them: norms, products, attention to 1000 positions.
-Run: python benchmarks/skinny.py [--product] [--rows 1 16 64 128] [--shapes 4096x4096 ...] [--out sweep.jsonl]
+Run: python benchmarks/skinny.py [--product] [--rows 1 8 64] [--shapes 4096x4096 ...] [--out sweep.jsonl]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headgrid.runtime.kernels import fused, skinny, split_kv
+from headgrid.runtime.kernels import fused, power_of_two, skinny, split_kv
 from headgrid.runtime.kernels.skinny import Plan
 from headgrid.spec.model import find_model
 
@@ -32,17 +32,12 @@ SHAPES = [  # inputs, outputs: of one rank of 1, 2 and 4
     *((4096, 3072), (1024, 4096)),
     (4096, 32_000),
 ]
-FEW = [(4, 4096, 8), (2, 4096, 4), (2, 4096, 8), (4, 2048, 4), (8, 2048, 8), (8, 1024, 4), (16, 1024, 8), (8, 1024, 8)]
-GROUPS = [(16, 512, 4, 3, 4), (16, 512, 4, 4, 4), (16, 512, 8, 4, 8), (32, 256, 4, 4, 4), (16, 256, 2, 4, 2),
-          (16, 1024, 8, 3, 8), (32, 512, 8, 3, 8), (32, 512, 8, 4, 8)]  # fmt: skip
-TILES = {  # by padded rows: outs, inner, warps, stages, tma
-    16: [(32, 256, 4, 4), (32, 256, 4, 5), (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 6), (64, 128, 4, 6, True)],
-    32: [(32, 256, 4, 4), (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 6), (64, 128, 4, 5, True), (128, 64, 4, 5),
-         (64, 64, 4, 8)],
-    64: [(64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 4, True), (64, 128, 4, 6), (64, 64, 4, 5), (64, 64, 4, 7),
-         (128, 64, 8, 5, True), (128, 64, 4, 5)],
-    128: [(128, 64, 8, 5), (128, 64, 8, 6), (128, 64, 8, 6, True), (64, 128, 4, 4)],
-}  # fmt: skip
+SINGLE = [(2, 4096, 4), (2, 4096, 8), (1, 4096, 4), (4, 2048, 4), (8, 1024, 4)]  # outs, inner, warps: of a single row
+TILES = {  # by padded rows: outs, inner, warps, stages
+    16: [(32, 256, 4, 4), (64, 128, 4, 4), (64, 128, 4, 6)],
+    32: [(32, 256, 4, 4), (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 6), (128, 64, 4, 5)],
+    64: [(64, 128, 4, 4), (64, 128, 4, 5), (64, 64, 4, 7), (128, 64, 4, 5)],
+}
 
 
 def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -110,26 +105,22 @@ class Case:
 
 
 def launches(rows: int, inputs: int, outputs: int) -> Iterator[Plan]:
-    """Tiles, each with about one, two and four programs for each processor."""
-    if rows <= 4:
-        yield from (Plan(outs, k, warps, 0) for outs, k, warps in FEW if k <= inputs)
-    if rows <= 16:
-        for outs, inner, warps, stages, groups in GROUPS:
-            if outputs // outs <= 800:
-                yield Plan(outs, inner, warps, stages, 1, 16_384 // outs, groups=groups)
-    for outs, inner, warps, stages, *tma in TILES[skinny.padded(rows)]:
+    """Tiles, each with about one and two programs for each processor."""
+    if rows == 1:
+        yield from (Plan(outs, k, warps, 0, fixed=f) for outs, k, warps in SINGLE if k <= inputs for f in (False, True))
+    for outs, inner, warps, stages in TILES[max(16, power_of_two(rows))]:
         tiles, blocks = -(-outputs // outs), inputs // inner
         splits = {max(1, min(blocks // 2, 8, round(132 * n / tiles))) for n in (1, 2) if tiles < 132 * n * 1.4}
         for n in sorted(splits or {1}):
-            yield Plan(outs, inner, warps, stages, n, 16_384 // outs, bool(tma))
+            yield Plan(outs, inner, warps, stages, n, 16_384 // outs)
 
 
 def sweep(case: Case, rows: int, inputs: int, outputs: int) -> dict[Plan, float]:
     times = {launch: case.seconds(launch) for launch in launches(rows, inputs, outputs)}
-    best = sorted((launch for launch in times if launch.stages), key=lambda launch: times[launch])[:1]
-    for launch in best:
-        for size_bytes in (0, 16 << 10, 64 << 10):
-            other = replace(launch, ahead=size_bytes // 2 // launch.outs)
+    best = min(times, key=lambda launch: times[launch])
+    for size_bytes in (0, 16 << 10, 64 << 10):
+        if best.stages:
+            other = replace(best, ahead=size_bytes // 2 // best.outs)
             times[other] = case.seconds(other)
     return times
 
@@ -139,18 +130,13 @@ def product(rows: int, inputs: int, outputs: int) -> Plan | None:
     return skinny.plan(rows, inputs, outputs, torch.cuda.get_device_properties(0).multi_processor_count)
 
 
-def compiled(task: tuple[int, int, int]) -> None:
+def compiled(part: int, parts: int = 14) -> None:
     """Fill the compiler's cache, so that the sweep need not wait for it."""
-    part, parts, _ = task
-    work = [(rows, launch) for rows in (1, 2, 4, 8, *TILES) for launch in launches(rows, 4096, 4096)]
+    work = [(rows, launch) for rows in (1, *TILES) for launch in launches(rows, 4096, 4096)]
     seen = {(rows, replace(launch, splits=min(2, launch.splits))): launch for rows, launch in work}
-    for n, ((rows, _), launch) in enumerate(seen.items()):
+    for rows, launch in [(rows, launch) for (rows, _), launch in seen.items()][part::parts]:
         for splits in {1, launch.splits}:
-            if n % parts == part:
-                try:
-                    skinny.product(random(rows, 4096), random(4096, 4096), launch=replace(launch, splits=splits))
-                except Exception as error:
-                    print(f"  {launch}: {type(error).__name__} {str(error)[:150]}", flush=True)
+            skinny.product(random(rows, 4096), random(4096, 4096), launch=replace(launch, splits=splits))
     torch.cuda.synchronize()
 
 
@@ -191,7 +177,7 @@ def layers(tp: int, rows: int, plans: dict[tuple[int, int], Plan | None]) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 16, 32, 64])
     parser.add_argument("--shapes", nargs="*", default=[f"{k}x{o}" for k, o in SHAPES])
     parser.add_argument("--product", action="store_true", help="no sweep: only the launches that the product takes")
     parser.add_argument("--seconds", type=float, default=60, help="no case starts after this")
@@ -200,7 +186,7 @@ def main() -> None:
     began = time.monotonic()
     if not options.product:
         with ProcessPoolExecutor(14, multiprocessing.get_context("fork")) as pool:
-            list(pool.map(compiled, [(n, 14, 0) for n in range(14)]))
+            list(pool.map(compiled, range(14)))
     print(f"{torch.cuda.get_device_name()}, {time.monotonic() - began:.0f} s in", flush=True)
     torch.manual_seed(0)
     buffer, found = random(1 << 30, scale=0.02), {}
@@ -227,7 +213,7 @@ def main() -> None:
         print(f"{time.monotonic() - began:.0f} s in", flush=True)
     del buffer
     for tp in (1, 2, 4):
-        for rows in [n for n in options.rows if n in (1, 8, 16, 64)]:
+        for rows in options.rows:
             plans = {(k, o): plan for (b, k, o), plan in found.items() if b == rows}
             mine, theirs = layers(tp, rows, plans), layers(tp, rows, {})
             size = 2 * WIDTH * (4 * WIDTH + 2 * UNITS) // tp
@@ -238,13 +224,11 @@ def main() -> None:
 
 def table(case: Case, cublas: float, times: dict[Plan, float], best: list[Plan]) -> None:
     size = case.size_bytes / 1e12
-    print(f"{case.name:16s} cuBLAS {cublas * 1e6:7.2f} us {size / cublas:5.2f} TB/s")
-    kinds = {(launch.stages > 0, launch.groups > 1, launch.splits > 1): launch for launch in reversed(best)}
-    for launch in dict.fromkeys([*best[:3], *(kinds[key] for key in reversed(kinds))]):
+    print(f"{case.name:16s} cuBLAS {cublas * 1e6:7.2f} us {size / cublas:5.2f} TB/s", flush=True)
+    for launch in best[:3]:
         s = times[launch]
-        how = f"({launch.outs},{launch.inner},{launch.warps},{launch.stages}{',tma' if launch.tma else ''})"
-        how += f" x {launch.groups}" * (launch.groups > 1)
-        how += f" / {launch.splits} ahead {launch.ahead * launch.outs * 2 >> 10} K"
+        how = f"({launch.outs},{launch.inner},{launch.warps},{launch.stages}) / {launch.splits}"
+        how += f" ahead {launch.ahead * launch.outs * 2 >> 10} K" + " fixed" * launch.fixed
         print(f"   {how:36s} {s * 1e6:7.2f} us {size / s:5.2f} TB/s {s / cublas:.3f} of cuBLAS", flush=True)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headgrid.runtime.kernels import skinny
-from headgrid.runtime.kernels.skinny import MOST_ROWS, Plan
+from headgrid.runtime.kernels.skinny import MOST_ROWS, Plan, plan
 
 ERRORS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -93,10 +93,12 @@ def cases(draw: st.DrawFn) -> Case:
         stages=draw(st.sampled_from([2, 3])),
         splits=draw(st.integers(1, 3)),
         ahead=draw(st.sampled_from([0, 40, 10_000])),
-        tma=draw(st.booleans()),
     )
+    rows = draw(st.sampled_from([1, 1, 2, 15, 16, 17, 40]))
+    if rows == 1 and draw(st.booleans()):
+        launch = Plan(draw(st.sampled_from([1, 4, 16])), inner, 4, 0)
     return Case(
-        rows=draw(st.sampled_from([1, 2, 15, 16, 17, 40])),
+        rows=rows,
         inputs=inner * draw(st.integers(1, 4)),
         outputs=draw(st.sampled_from([16, 24, 64, 100, 129])),
         launch=launch,
@@ -126,6 +128,7 @@ NAMED = {
     "one row, several splits": Case(1, 256, 40, Plan(16, 64, 2, 3, 3)),
     "fewer blocks than splits": Case(3, 128, 40, Plan(16, 64, 2, 3, 4), "silu", gated=True),
     "a split and a sum": Case(5, 256, 600, Plan(64, 64, 4, 3, 2), add=True, bias=True),
+    "one row without tensor cores": Case(1, 512, 33, Plan(8, 128, 4, 0), "silu", gated=True, add=True, bias=True),
     "as many rows as there may be": Case(MOST_ROWS, 128, 48, Plan(64, 64, 4, 2), "gelu_tanh", bias=True),
 }
 
@@ -172,7 +175,37 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
         produced(replace(case, launch=Plan(16, 256, 2, 3)), x, w, None, out)
     with pytest.raises(AssertionError):
         skinny.product(x, w, add=True, launch=case.launch)
+    with pytest.raises(AssertionError):
+        produced(replace(case, launch=Plan(4, 128, 4, 0)), x, w, None, out)
     produced(case, x, w, None, out)
+
+
+WIDTHS = [(4096, 12_288), (4096, 4096), (16_384, 4096), (4096, 3072), (1024, 4096), (14_336, 4096), (4096, 128_256)]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), WIDTHS)
+def test_a_plan_fills_a_gpu_and_fits_into_it(inputs: int, outputs: int, rows: int, gated: bool) -> None:
+    how = plan(rows, inputs, outputs, 132, gated=gated)
+    if rows <= 32 or (outputs == 4096 and not gated):
+        assert how is not None
+    if how is None:
+        return
+    assert inputs % how.inner == 0 and (how.stages or rows == 1)
+    programs = -(-outputs // how.outs) * how.splits
+    assert programs >= 0.7 * 132, "processors idle"
+    padded = max(16, 1 << (rows - 1).bit_length())
+    shared = (how.stages - 1) * how.inner * 2 * (how.outs * (1 + gated) + padded)
+    assert shared <= 200 << 10, "too much shared memory"
+    assert inputs // how.inner >= how.splits, "splits without inputs"
+
+
+def test_no_plan_where_cublas_is_as_fast_or_rows_cannot_be_read_in_blocks() -> None:
+    assert plan(65, 4096, 4096, 132) is None
+    assert plan(64, 4096, 12_288, 132) is None, "96 tiles leave 36 of 132 processors idle"
+    assert plan(8, 4000, 4096, 132) is None
+    assert plan(0, 4096, 4096, 132) is None
 
 
 @pytest.mark.gpu

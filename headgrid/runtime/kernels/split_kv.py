@@ -15,7 +15,6 @@ from torch import Tensor
 
 from headgrid.runtime.kernels import power_of_two
 
-MERGED = 1024  # elements of parts that a warp of the merging kernel takes
 LEAST_KEYS = 64  # of a split; fewer take longer to merge than to read
 
 
@@ -50,11 +49,16 @@ def plan(
     """
     columns, rows = 32 if pairs * group <= processors else 256, _padded(group)
     warps = 2 if rows * bytes_per_key <= 1 << 14 else 4 if rows * bytes_per_key <= 1 << 16 else 8  # for registers
+    blocks = -(-capacity // 128)
+    if group > 2 * pairs and rows <= 32 and bytes_per_key <= 512 and blocks * pairs <= processors:
+        return Plan(blocks, 128, 4, 1, 64, chained=True, ahead=128)  # too short for a loop: one block each
     if group > 2 * pairs and shared_bytes >= 200 << 10:
         splits = max(1, min(processors // pairs, 96, -(-capacity // 160)))
         kilobytes = 64 if -(-capacity // splits) >= 512 else 32
         return Plan(splits, _block(kilobytes, bytes_per_key, rows), max(warps, 4), 3, columns)
     splits = max(1, min(round(2 * processors / pairs), -(-capacity // LEAST_KEYS)))
+    if rows == 32 and bytes_per_key == 512 and splits > 1:
+        return Plan(splits, 64, 4, 3, columns, chained=True, ahead=160)
     return Plan(splits, _block(16, bytes_per_key, rows), warps, 4 if bytes_per_key <= 1024 else 2, columns)
 
 
@@ -140,7 +144,7 @@ def _launch(
         chunk = min(power_of_two(how.splits), 8192 // columns)
         kernels.merge[(b * heads, -(-u // columns))](
             *tensors, *division, U=u, COLUMNS=columns, CHUNK=chunk, EARLY=early,
-            num_warps=min(4, max(1, chunk * columns // MERGED)), **_early(early),
+            num_warps=min(4, max(1, chunk * columns // 1024)), **_early(early),
         )  # fmt: skip
 
 

@@ -3,13 +3,15 @@
     python benchmarks/decode_step.py OUT --ranks 2 --model seed-kv1 --batch 128 --context 10000 --layouts tp2 n1m2:batch
 
 The cache is random: nothing is prefilled or verified (tests/gpu does that), only timed, after warm-up, from CUDA
-graphs: the median of five runs of 16 steps. One JSON object a line goes to OUT/decode_step.jsonl.
+graphs: the median of five runs of 16 steps. One JSON object a line goes to OUT/decode_step.jsonl. A pipeline of several
+micro-batches needs a prefill to set up its channels: `headgrid compare` times those, this script one sequence.
 """
 
 import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ STEPS, RUNS = 16, 5
 
 def work(rank: int, ranks: int, task: dict[str, Any]) -> None:
     pool, device = GroupPool(rank), torch.device("cuda", torch.cuda.current_device())
-    model, workload = find_model(task["model"]), Workload(**task["workload"])
+    workload = Workload(**task["workload"])
+    model = replace(find_model(task["model"]), max_positions=workload.seq + workload.decode_steps)
     for text in task["layouts"]:
         layout = parse_layout(text)
         mesh = Mesh(layout, pool)

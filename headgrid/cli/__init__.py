@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from headgrid import __version__
-from headgrid.cli import check, lab, models, scale
+from headgrid.cli import calibrate, check, lab, models, scale
 from headgrid.errors import HeadgridError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ _INTERRUPTED = 130
 _COMMANDS = (
     lab.compare,
     scale.scale,
+    calibrate.calibrate,
     models.generate,
     models.verify,
     lab.layouts,

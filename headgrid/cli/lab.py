@@ -49,6 +49,9 @@ def compare(
     protocol: Annotated[str, typer.Option(help="`default`, or `seed` for 100 + 1000 iterations.")] = "default",
     text: Text = OWN_TEXT,
     device: Device = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of `headgrid calibrate`: figures as shares of what was measured there.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, block order and which sequences are verified.")] = 0,
     telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),
@@ -67,11 +70,14 @@ def compare(
 
         headgrid compare --model my-llama --ranks 4 --arms tp4,n2m2:batch
 
+        headgrid compare --calibration runs/calibration-20261122-125500.json
+
         headgrid compare --resume runs/20261122-130000-compare-seed-small
     """
     from headgrid.experiment.plan import Wishes
 
     wishes = Wishes(
+        calibration=calibration,
         model=model,
         arms=_names(arms),
         ranks=ranks,
@@ -165,6 +171,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     ]
     columns = ("arm", "verified", "rel. error", "prefill tok/s [95 %]", "TPOT ms [95 %]", "MiB per rank")
     print_table(console, f"{summary['device']}: arms", columns, rows)
+    _print_shares(console, summary)
     baseline = next(arm["label"] for arm in summary["arms"] if arm["role"] == "baseline")
     pairs = [
         (called[row["a"]], row["phase"], _ratio(row), row["verdict"], row["unit"] or "")
@@ -175,6 +182,13 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     print_table(console, f"against {baseline}", columns, pairs)
     for warning in summary["warnings"]:
         console.print(f"- {escape(warning)}", style="yellow")
+
+
+def _print_shares(console: Console, summary: dict[str, Any]) -> None:
+    from headgrid.report import ceilings
+
+    if found := ceilings.table(summary):
+        print_table(console, found.title, found.head, [[cell.text for cell in row] for row in found.rows])
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -197,6 +211,9 @@ def layouts(
 ) -> None:
     """List the legal layouts of a model on a number of devices, with the memory each needs on its fullest rank.
 
+    What a single layout stores more than once is said under it. Data-parallel attention (tp4:dp-attention), a baseline
+    that stores its attention weights on every rank, is not in the list.
+
     Examples:
 
         headgrid layouts --model seed-kv8 --ranks 16
@@ -209,6 +226,7 @@ def layouts(
     from headgrid.layout.layout import parse_layout
     from headgrid.layout.legal import check, is_legal, legal_layouts
     from headgrid.models.pretrained import find_spec
+    from headgrid.report.partition import caption
     from headgrid.spec.workload import Workload
 
     spec, _ = find_spec(model)
@@ -242,6 +260,8 @@ def layouts(
         for name, m in rows
     ]
     print_table(console, title, ("layout", "parameters", "KV cache", "activations", "total"), gib)
+    if only is not None:
+        console.print(caption(spec, only))
     if as_json:
         keys = (
             "parameters_bytes",

@@ -16,6 +16,8 @@ from headgrid.layout.batching import owned_rows
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, divisors, is_legal
 from headgrid.layout.span import balanced
+from headgrid.spec.calibration import Calibration
+from headgrid.spec.calibration import from_dict as calibration_from
 from headgrid.spec.model import ModelSpec, model_from
 from headgrid.spec.workload import Workload
 
@@ -85,6 +87,8 @@ class Design:
     order: tuple[tuple[tuple[int, ...], ...], ...]
     checkpoint: str | None = None
     """Folder of the weights; None: they are drawn."""
+    calibration: Calibration | None = None
+    """What the machine was measured to reach: figures are given as shares of it."""
 
     @property
     def backend(self) -> str:
@@ -108,6 +112,7 @@ class Design:
         flat |= {"control": self.control, "ranks": self.ranks, "device": self.device, "backend": self.backend}
         flat |= {"text": asdict(self.text), "protocol": protocol.pop("name"), **protocol}
         flat |= {"checkpoint": self.checkpoint} if self.checkpoint is not None else {}
+        flat |= {"calibration": self.calibration.to_dict()} if self.calibration is not None else {}
         flat["order"] = [[list(block) for block in launch] for launch in self.order]
         return flat | {"hash": hash_of(flat)}
 
@@ -137,6 +142,7 @@ def from_dict(data: dict[str, Any]) -> Design:
         protocol=Protocol(name=data["protocol"], **{name: data[name] for name in protocol_fields}),
         order=tuple(tuple(tuple(block) for block in launch) for launch in data["order"]),
         checkpoint=data.get("checkpoint"),
+        calibration=calibration_from(data["calibration"]) if data.get("calibration") else None,
     )
     return design
 
@@ -221,6 +227,7 @@ def declare(
     text: Text,
     protocol: Protocol,
     checkpoint: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Design:
     """Fix the whole comparison. Raises InvalidLayout or InvalidInput with the legal alternatives."""
     named = name_arms(arms)
@@ -240,4 +247,5 @@ def declare(
         protocol=protocol,
         order=random_order(len(named), protocol),
         checkpoint=checkpoint,
+        calibration=calibration,
     )

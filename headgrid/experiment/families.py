@@ -25,9 +25,9 @@ class Family:
         """The member on so many ranks; None where the sizes that are written do not divide them.
 
         An option without a meaning at that size is left out: one slice needs no exchange and gathers no weights, one
-        rank has nobody to share a residual or an output with and nothing to overlap, and one stage is no pipeline to be
-        drained. So `n1m:batch` on one rank is the plain model, as `tp` is. Raises InvalidLayout for options that do not
-        go together.
+        rank has nobody to share a residual, an output or an MLP with and nothing to overlap, and one stage is no
+        pipeline to be drained. So `n1m:batch` on one rank is the plain model, as `tp` is. Raises InvalidLayout for
+        options that do not go together.
         """
         fixed = 1
         for _, size in self.degrees:
@@ -37,7 +37,7 @@ class Family:
         sizes = {axis: size or ranks // fixed for axis, size in self.degrees}
         shared = [size for axis, size in sizes.items() if axis in ("tp", "n", "m")]
         dropped = {*EXCHANGES, "gathered"} if sizes.get("m") == 1 else set()
-        dropped |= {"sharded", "concat"} if shared and max(shared) == 1 else set()
+        dropped |= {"sharded", "concat", "dp-attention"} if shared and max(shared) == 1 else set()
         if ranks == fixed:
             gathers = "gathered" in self.options and "gathered" not in dropped
             sharing = sizes.get("n", 1) if gathers else max(shared, default=1)

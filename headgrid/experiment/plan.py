@@ -2,10 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from headgrid.errors import InvalidInput, NotAvailable
-from headgrid.experiment import budget, fp8
+from headgrid.experiment import budget, calibrate, fp8
 from headgrid.experiment.design import (
     SEED_PROTOCOL,
     Design,
@@ -15,11 +16,12 @@ from headgrid.experiment.design import (
     default_arms,
     gathered_arms,
 )
-from headgrid.experiment.machine import Machine, ensure_devices, look
+from headgrid.experiment.machine import Machine, ensure_devices, environment, look
 from headgrid.experiment.text import identify
-from headgrid.layout.layout import parse_layout
+from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check
 from headgrid.models.pretrained import find_spec
+from headgrid.spec.calibration import Calibration, read_calibration
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload, dtype_name
 
@@ -44,6 +46,8 @@ class Wishes:
     seed: int = 0
     started_ranks: int | None = None
     """Ranks that a launcher has already started, on this host and perhaps on others."""
+    calibration: Path | None = None
+    """A file of `headgrid calibrate`."""
     least_ranks: int = 2
     """One rank is nothing to compare layouts on, but where a study of scaling begins."""
 
@@ -116,6 +120,8 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
             notes.append(f"batch {fits} instead of {workload.batch}: the largest that the predicted memory allows")
             workload = dataclasses.replace(workload, batch=fits)
     budget.ensure_fits(model, layouts, workload, machine.device, machine.free_bytes)
+    calibration, said = _calibration(wishes, machine, ranks, workload, layouts)
+    notes += said
     design = declare(
         model=model,
         workload=workload,
@@ -125,8 +131,22 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
         text=identify(wishes.text),
         protocol=_protocol(wishes, default, workload),
         checkpoint=str(folder.absolute()) if folder is not None else None,
+        calibration=calibration,
     )
     return design, notes
+
+
+def _calibration(
+    wishes: Wishes, machine: Machine, ranks: int, workload: Workload, layouts: list[Layout]
+) -> tuple[Calibration | None, list[str]]:
+    """What was measured of this machine, and in what the machine has changed since."""
+    if wishes.calibration is None:
+        return None, []
+    found = read_calibration(wishes.calibration)
+    dtypes = [workload.dtype] + ["float8"] * any(layout.linears == "fp8" for layout in layouts)
+    if machine.device == "cpu":  # which emulates FP8 in the wider dtype
+        dtypes = dtypes[:1]
+    return found, calibrate.ensure_fits(found, machine.device, ranks, dtypes, environment())
 
 
 def recheck(design: Design) -> None:

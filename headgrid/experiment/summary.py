@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headgrid.experiment.ceilings import summarise_ceilings, unsettled
 from headgrid.experiment.isolation import judge, sentences
 from headgrid.experiment.records import Record
 from headgrid.experiment.stats import summarise
@@ -17,4 +18,10 @@ def summary_of(design: Mapping[str, Any], records: Sequence[Record], telemetry: 
     """
     summary, isolation = summarise(design, records), judge(design, records, telemetry)
     summary["warnings"] += sentences(isolation)
-    return summary | {"isolation": isolation, "telemetry": summarise_telemetry(design, records, telemetry)}
+    ceilings = summarise_ceilings(design, records, summary["arms"])
+    summary["warnings"] += unsettled(ceilings)
+    return summary | {
+        "isolation": isolation,
+        "telemetry": summarise_telemetry(design, records, telemetry),
+        "ceilings": ceilings,
+    }

@@ -5,6 +5,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
+from headgrid.experiment.ceilings import measured_ceilings
 from headgrid.experiment.records import Phase, Record, block_times, of_kind
 from headgrid.experiment.telemetry import COUNTERS, Telemetry
 from headgrid.experiment.telemetry_series import PHASES, Point, Timeline, points, rank_gpus, rank_pids, windows
@@ -26,7 +27,8 @@ def summarise_telemetry(
     timeline = Timeline(windows(records))
     keys = _keys(telemetry, records)
     by_counter = {name: _collected(points(telemetry, name), name, timeline, keys) for name in _reported()}
-    ceilings = _ceilings(telemetry, keys["gpu"])
+    measured = measured_ceilings(design, telemetry, keys["gpu"])
+    ceilings = _ceilings(telemetry, keys["gpu"]) | measured
     return {
         **_sampling(telemetry),
         "missing": [{"counter": name, "why": why} for name, why in sorted(telemetry.sessions[-1].missing.items())],
@@ -35,8 +37,11 @@ def summarise_telemetry(
                 "label": arm["label"],
                 "phases": {
                     phase: [
-                        *_figures(by_counter, ceilings, arm["label"], phase),
-                        *_derived(design, records, by_counter, arm["label"], phase),
+                        row | {"ceiling_measured": row["counter"] in measured}
+                        for row in (
+                            *_figures(by_counter, ceilings, arm["label"], phase),
+                            *_derived(design, records, by_counter, measured, arm["label"], phase),
+                        )
                     ]
                     for phase in PHASES
                 },
@@ -146,7 +151,12 @@ def figure(
 
 
 def _derived(
-    design: Mapping[str, Any], records: Sequence[Record], by_counter: Mapping[str, Collected], arm: str, phase: Phase
+    design: Mapping[str, Any],
+    records: Sequence[Record],
+    by_counter: Mapping[str, Collected],
+    measured: Mapping[str, float],
+    arm: str,
+    phase: Phase,
 ) -> Iterator[dict[str, Any]]:
     """Bytes over time where no counter told them."""
     times = list(block_times(records, arm, phase).values())
@@ -157,12 +167,12 @@ def _derived(
     if not by_counter["nvlink_tx_bytes_per_s"].get((arm, phase)):
         rates = [sent * steps / seconds for seconds in times]
         how = "bytes that the collectives of one rank send, over the block's time"
-        yield figure("sent_bytes_per_s", "Sent by a rank", "B/s", rates, None, how)
+        yield figure("sent_bytes_per_s", "Sent by a rank", "B/s", rates, measured.get("sent_bytes_per_s"), how)
     held = _held_bytes(records, arm)
     if phase == "decode" and held and not by_counter["dram_bandwidth_percent"].get((arm, phase)):
         rates = [held * steps / seconds for seconds in times]
         how = "parameters and KV cache of the fullest rank, each read once a step, over the block's time"
-        yield figure("read_bytes_per_s", "Weights and KV read", "B/s", rates, None, how)
+        yield figure("read_bytes_per_s", "Weights and KV read", "B/s", rates, measured.get("read_bytes_per_s"), how)
 
 
 def _last_ops(records: Sequence[Record], arm: str, phase: Phase) -> Sequence[Mapping[str, Any]]:

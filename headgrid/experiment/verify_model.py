@@ -57,7 +57,7 @@ class Layers:
         tp = stage.mesh.tp
         if not isinstance(stage.residual, Sharded) and tp.index:
             return
-        own = stage.residual.own(call.tokens)
+        own = stage.residual_of(call.queries.count).own(call.tokens)
         rows = torch.tensor(call.micro_batch.rows(), device=x.device)
         places = torch.arange(own.start, own.stop, device=x.device)
         row, position = rows[places // call.queries.count], places % call.queries.count + call.queries.start

@@ -50,13 +50,12 @@ def _place(model: ModelSpec, layout: Layout, rank: int, e: int) -> Shape:
 
 def _stationary_shape(model: ModelSpec, layout: Layout, workload: Workload, rank: int, call: Call) -> Shape:
     """A call of prefill on the weights as they are stored."""
-    at, mb = layout.coordinates(rank), call.micro_batch
-    rows = mb.parts[at.slice] if layout.exchange == "batch" else None
-    mine = range(rows.start, rows.stop) if rows is not None else mb.rows()
+    mb = call.micro_batch
+    mine = attended_rows(layout, mb, layout.coordinates(rank))
     return replace(
         _place(model, layout, rank, workload.element_bytes),
         rows=mb.size,
-        attended=attended_rows(layout, mb, at.slice),
+        attended=len(mine),
         positions=call.positions,
         lengths=() if model.is_causal else tuple(map(workload.length, mine)),
         ending=len(call.wanted(workload)),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from headgrid.layout.layout import Layout
+from headgrid.layout.layout import Coordinates, Layout
 from headgrid.layout.span import Span, Spans, balanced, indices, total
 from headgrid.spec.workload import Workload
 
@@ -18,7 +18,8 @@ PIPELINE_FILL = 4
 class MicroBatch:
     """Rows of the global batch that go through the model together: one span for each owner of cache rows.
 
-    With the exchange `batch` there are m owners, and owner j attends to span j; else there is one.
+    With the exchange `batch` there are m owners, and slice j attends to span j; with `dp-attention` every rank that
+    shares a layer is one; else there is one.
     """
 
     parts: Spans
@@ -33,9 +34,25 @@ class MicroBatch:
         return indices(self.parts)
 
 
-def attended_rows(layout: Layout, micro_batch: MicroBatch, slice_index: int) -> int:
-    """Sequences of a micro-batch whose attention a slice computes: its own part with `batch`, else all."""
-    return len(micro_batch.parts[slice_index]) if layout.exchange == "batch" else micro_batch.size
+def attended_rows(layout: Layout, micro_batch: MicroBatch, at: Coordinates) -> list[int]:
+    """Sequences of a micro-batch whose attention a rank computes: those of its owner's part."""
+    return indices((micro_batch.parts[layout.row_owner(at)],))
+
+
+def projected_rows(layout: Layout, micro_batch: MicroBatch, at: Coordinates) -> int:
+    """Sequences of a micro-batch that a rank multiplies with its attention weights: all, or with `dp-attention` its
+    own.
+    """
+    return micro_batch.size if layout.attention == "cut" else len(micro_batch.parts[layout.row_owner(at)])
+
+
+def token_shares(layout: Layout, rows: int, queries: int) -> Spans:
+    """Where the hidden states of a call are divided: the tokens that each rank that shares a layer holds, of so many
+    queries of each of `rows` sequences. Balanced; with `dp-attention` by whole sequences.
+    """
+    if layout.attention == "cut":
+        return balanced(rows * queries, layout.tp)
+    return tuple(Span(span.start * queries, span.stop * queries) for span in balanced(rows, layout.tp))
 
 
 def replica_rows(layout: Layout, batch: int) -> Spans:
@@ -45,14 +62,14 @@ def replica_rows(layout: Layout, batch: int) -> Spans:
 
 def cache_rows(layout: Layout, rows: Span) -> Spans:
     """Of a replica's rows, those whose keys and values each owner keeps."""
-    return balanced(rows, layout.num_dim_slices) if layout.exchange == "batch" else (rows,)
+    return balanced(rows, layout.row_owners)
 
 
 def owned_rows(layout: Layout, batch: int, rank: int) -> Span:
     """The rows whose keys and values `rank` keeps."""
     at = layout.coordinates(rank)
     owners = cache_rows(layout, replica_rows(layout, batch)[at.dp])
-    return owners[at.slice if len(owners) > 1 else 0]
+    return owners[layout.row_owner(at)]
 
 
 def _micro_batches(layout: Layout, rows: Span, count: int) -> tuple[MicroBatch, ...]:
@@ -104,8 +121,7 @@ def prefill_calls(layout: Layout, workload: Workload, replica: int) -> tuple[Cal
     """
     rows = replica_rows(layout, workload.batch)[replica]
     per_call = _sequences_per_call(workload)
-    if layout.exchange == "batch":  # every slice needs a row in each call, or it would sit idle
-        per_call = max(per_call // layout.num_dim_slices, 1) * layout.num_dim_slices
+    per_call = max(per_call // layout.row_owners, 1) * layout.row_owners  # an owner without a row would sit idle
     gathered = layout.weights == "gathered"
     count = 1 if gathered else max(layout.calls_at_once, -(-len(rows) // per_call))
     if layout.pp > 1:

@@ -10,6 +10,7 @@ from headgrid.layout.batching import (
     decode_micro_batches,
     pieces,
     prefill_calls,
+    projected_rows,
     query_share,
     score_blocks,
     visible,
@@ -21,14 +22,16 @@ from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
 
 
-def _linears(model: ModelSpec, layout: Layout, rank: int) -> tuple[int, int]:
-    """Elements of the rank's weight matrices used for every token, and of those used for last positions only."""
+def _linears(model: ModelSpec, layout: Layout, rank: int) -> tuple[int, int, int]:
+    """Elements of the rank's matrices of attention, of the MLP, and of those used for last positions only."""
     matrices = {k: v for k, v in parameters(model, layout, rank).items() if v.cols is not None}
-    tables = ("embedding.weight", "positions.weight", "token_types.weight", "head.weight")
-    per_token = sum(shard.num_elements for name, shard in matrices.items() if name not in tables)
+    attention, mlp = (
+        sum(shard.num_elements for name, shard in matrices.items() if f".{half}." in name)
+        for half in ("attention", "mlp")
+    )
     last = layout.coordinates(rank).pp == layout.pp - 1
     head = matrices.get("head.weight", matrices.get("embedding.weight") if model.tied_embeddings else None)
-    return per_token, head.num_elements if last and head else 0
+    return attention, mlp, head.num_elements if last and head else 0
 
 
 def _pairs(model: ModelSpec, layout: Layout, rank: int, rows: int, call: Span, window: int) -> int:
@@ -80,11 +83,12 @@ def prefill_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: in
     """Operations that `rank` issues in one prefill of the batch, the upper half of the causal square included."""
     if layout.weights == "gathered":
         return _gathered_flops(model, layout, workload, rank)
-    per_token, head = _linears(model, layout, rank)
-    flops = 0
-    for call in prefill_calls(layout, workload, layout.coordinates(rank).dp):
-        mb, rows = call.micro_batch, attended_rows(layout, call.micro_batch, layout.coordinates(rank).slice)
-        flops += 2 * per_token * mb.size * len(call.positions) + 2 * head * len(call.wanted(workload))
+    attention, mlp, head = _linears(model, layout, rank)
+    flops, at = 0, layout.coordinates(rank)
+    for call in prefill_calls(layout, workload, at.dp):
+        products = 2 * (attention * projected_rows(layout, call.micro_batch, at) + mlp * call.micro_batch.size)
+        flops += products * len(call.positions) + 2 * head * len(call.wanted(workload))
+        rows = len(attended_rows(layout, call.micro_batch, at))
         flops += _prefill_attention(model, layout, rank, rows, call.positions)
     return flops
 
@@ -93,8 +97,8 @@ def _gathered_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: 
     """The whole group's weights for the slice's own sequences; logits as with stationary weights."""
     at = layout.coordinates(rank)
     peers = [layout.rank(Coordinates(at.dp, at.pp, at.head_group, j)) for j in range(layout.num_dim_slices)]
-    per_token = sum(_linears(model, layout, peer)[0] for peer in peers)
-    head, flops = _linears(model, layout, rank)[1], 0
+    per_token = sum(sum(_linears(model, layout, peer)[:2]) for peer in peers)
+    head, flops = _linears(model, layout, rank)[2], 0
     for call in prefill_calls(layout, workload, at.dp):
         rows = len(call.micro_batch.parts[at.slice])
         flops += 2 * per_token * rows * workload.seq + 2 * head * call.micro_batch.size * workload.outputs
@@ -109,8 +113,7 @@ def _decode_pairs(
     """Of each layer: pairs of a query and a key, each sequence at its own length."""
     at = layout.coordinates(rank)
     layers = stage_layers(model, layout)[at.pp]
-    mine = mb.parts[at.slice] if layout.exchange == "batch" else None
-    rows = range(mine.start, mine.stop) if mine is not None else mb.rows()
+    rows = attended_rows(layout, mb, at)
     for layer in range(layers.start, layers.stop):
         if layout.exchange == "scores":
             yield len(rows) * workload.cache_positions
@@ -121,10 +124,10 @@ def _decode_pairs(
 
 def decode_flops(model: ModelSpec, layout: Layout, workload: Workload, rank: int, step: int) -> int:
     """Operations that `rank` issues in the decode step number `step`, 0 for the first after the prompt."""
-    per_token, head = _linears(model, layout, rank)
-    flops = 0
-    for mb in decode_micro_batches(layout, workload, layout.coordinates(rank).dp):
-        flops += 2 * (per_token + head) * mb.size
+    attention, mlp, head = _linears(model, layout, rank)
+    flops, at = 0, layout.coordinates(rank)
+    for mb in decode_micro_batches(layout, workload, at.dp):
+        flops += 2 * (attention * projected_rows(layout, mb, at) + (mlp + head) * mb.size)
         pairs = _decode_pairs(model, layout, workload, rank, mb, step)
         flops += sum(_attention(model, layout, rank, each) for each in pairs)
     return flops
@@ -143,3 +146,11 @@ def model_flops(model: ModelSpec, workload: Workload) -> int:
     full, seq = prefill_flops(model, single, whole, 0), workload.seq
     masked_twice = sum(_masked_pairs_twice(model, seq, model.window(layer)) for layer in range(model.num_layers))
     return full - _attention(model, single, 0, workload.batch * masked_twice) // 2
+
+
+def model_attention_flops(model: ModelSpec, workload: Workload) -> int:
+    """Of `model_flops`, what scores and their products with V need; the rest are products with weights."""
+    seq = workload.seq
+    masked_twice = sum(_masked_pairs_twice(model, seq, model.window(layer)) for layer in range(model.num_layers))
+    pairs_twice = 2 * model.num_layers * seq * seq - masked_twice
+    return _attention(model, Layout(), 0, workload.batch * pairs_twice) // 2

@@ -55,10 +55,13 @@ def summed_over(model: ModelSpec, layout: Layout, name: str) -> tuple[str, ...]:
     """The axes over which the gradients of a stored weight are summed, in order; `kv_copies` concerns K and V only.
 
     Where the residual is sharded, or sequences are divided over the slices (gathered weights), ranks apply norms and
-    biases to different tokens; else they all apply them to all tokens, and their gradients are whole already.
+    biases to different tokens; else they all apply them to all tokens, and their gradients are whole already. With
+    data-parallel attention so they do all weights of attention.
     """
     part, kind = name.split(".")[-2:]
     axes: list[str] = []
+    if layout.attention == "dp-attention" and part in ("qkv", "q", "k", "v", "o", "q_norm", "k_norm"):
+        return ("tp", "dp")
     if name == "embedding.weight" and model.tied_embeddings and layout.pp > 1:
         axes.append("pp_ends")
     elif part in ("q_norm", "k_norm"):
@@ -96,6 +99,8 @@ def _layer_back(step: Step) -> Iterator[Collective]:
     """Backwards through both halves: gradients enter where results left, and leave where hidden states entered."""
     yield from enter_calls(step)
     yield from leave_calls(step)
+    if step.layout.attention == "dp-attention":
+        return
     if step.layout.output == "reduce":
         yield from enter_calls(step)
     elif step.layout.tp > 1:

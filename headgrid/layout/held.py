@@ -6,12 +6,12 @@ Tensors are those that torch operations return; on a CPU, where attention that t
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from headgrid.layout.batching import cached_positions, query_share, score_blocks, visible
+from headgrid.layout.batching import cached_positions, query_share, score_blocks, token_shares, visible
 from headgrid.layout.layout import Layout
 from headgrid.layout.shards import HeadShard
-from headgrid.layout.span import Span, balanced, indices, total
+from headgrid.layout.span import Span, indices, total
 from headgrid.layout.traffic import own_tokens, residual_bytes
 from headgrid.spec.model import ModelSpec
 
@@ -90,7 +90,7 @@ class Shape:
     @property
     def own_tokens(self) -> int:
         """Tokens whose hidden states this rank holds."""
-        return own_tokens(self.layout, self.tokens, self.tp_index)
+        return own_tokens(self.layout, self.rows, self.queries, self.tp_index)
 
     @property
     def wide(self) -> int:
@@ -254,6 +254,14 @@ def turned_pairs(model: ModelSpec, owner: HeadShard) -> int:
     return sum(channel < model.rotated_dim // 2 for channel in indices(owner.qk_channels))
 
 
-def token_shares(shape: Shape) -> list[int]:
+def tokens_of_ranks(shape: Shape) -> list[int]:
     """Tokens whose hidden states each of the ranks that share a layer holds, where these are sharded."""
-    return [len(span) for span in balanced(shape.tokens, shape.layout.tp)]
+    return [len(span) for span in token_shares(shape.layout, shape.rows, shape.queries)]
+
+
+def attention_shape(shape: Shape) -> Shape:
+    """The call in the attention half of a layer: as it is, or with `dp-attention` this rank's sequences, alone."""
+    if shape.layout.attention == "cut":
+        return shape
+    alone = Layout(residual_dtype=shape.layout.residual_dtype, linears=shape.layout.linears)
+    return replace(shape, layout=alone, tp_index=0, rows=shape.attended)

@@ -29,6 +29,12 @@ Decode = Literal["in_flight", "drained"]
 """Whether the stages of a pipeline decode a micro-batch each at the same time, or the whole batch passes one after the
 other, and the pipeline is empty between two tokens.
 """
+Attention = Literal["cut", "dp-attention"]
+"""Whether the ranks that share a layer cut its heads among them, or hold all of its attention weights each and cut the
+batch: attention is then data parallel, and the MLP and the vocabulary are still cut among the same ranks. Hidden states
+live where their sequences are attended to; they are gathered for the MLP, whose sum is scattered back. It is a
+baseline, of what SGLang calls data-parallel attention (which also stores the embedding on every rank).
+"""
 Axis = Literal["dp", "pp", "tp_head", "tp_slice", "tp"]
 
 EXCHANGES: tuple[str, ...] = ("gather", "batch", "sequence", "scores")
@@ -37,6 +43,7 @@ WEIGHT_MODES: tuple[str, ...] = get_args(WeightMode)
 RESIDUALS: tuple[str, ...] = get_args(Residual)
 RESIDUAL_DTYPES: tuple[str, ...] = get_args(ResidualDtype)
 COMMUNICATIONS: tuple[str, ...] = get_args(Communication)
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
 _FIXED: dict[Axis, tuple[str, ...]] = {
     "dp": ("pp", "head_group", "slice"),
     "pp": ("dp", "head_group", "slice"),
@@ -78,6 +85,7 @@ class Layout:
     communication: Communication = "exposed"
     linears: Linears = "model"
     decode: Decode = "in_flight"
+    attention: Attention = "cut"
 
     def __post_init__(self) -> None:
         """Raise InvalidLayout for a value that contradicts itself, whatever the model."""
@@ -99,6 +107,8 @@ class Layout:
                 why="they leave each slice the whole heads of its own sequences, which is how `batch` caches them",
                 legal=(f"n{self.num_head_groups}m{max(2, self.num_dim_slices)}:batch+gathered",),
             )
+        if self.attention == "dp-attention":
+            self._check_dp_attention()
         if self.residual == "sharded" and (self.tp == 1 or self.output == "concat"):
             ways = [replace(self, residual="replicated")]
             ways += [replace(self, output="reduce")] if self.tp > 1 else []
@@ -120,6 +130,34 @@ class Layout:
                 f"{replace(self, decode='in_flight')} has no pipeline that could be drained",
                 legal=(str(replace(self, decode="in_flight")), "tp2pp2:drained"),
             )
+
+    def _check_dp_attention(self) -> None:
+        if self.tp == 1:
+            raise InvalidLayout(
+                "dp-attention needs an MLP that several ranks share, and here tp is 1",
+                why="without one every replica works alone, which is what dp does",
+                legal=(str(Layout(pp=self.pp, dp=self.dp)), "tp4:dp-attention"),
+            )
+        sizes = {"num_head_groups": self.tp, "num_dim_slices": 1, "exchange": "none", "output": "reduce"}
+        cut = replace(self, attention="cut", residual="replicated")
+        nearest = replace(cut, **sizes, weights="stationary")  # type: ignore[arg-type]
+        if self.residual != "sharded" or cut != nearest:
+            raise InvalidLayout(
+                "dp-attention does not go with slices, gathered weights, concat or a replicated residual",
+                why="each rank has whole heads of its own sequences, and holds the hidden states of these alone",
+                legal=(str(replace(nearest, residual="sharded", attention="dp-attention")), str(cut)),
+            )
+
+    @property
+    def row_owners(self) -> int:
+        """Parts of a replica's batch, each with ranks that attend to it and keep its keys and values."""
+        if self.attention == "dp-attention":
+            return self.tp
+        return self.num_dim_slices if self.exchange == "batch" else 1
+
+    def row_owner(self, at: "Coordinates") -> int:
+        """Which of these parts the rank at `at` attends to."""
+        return self.tp_index(at) % self.row_owners
 
     @property
     def calls_at_once(self) -> int:
@@ -173,7 +211,11 @@ class Layout:
         degrees = f"n{n}m{m}" if m > 1 else f"tp{n}" if n > 1 or self.ranks == 1 else ""
         degrees += "".join(f"{axis}{size}" for axis, size in (("pp", self.pp), ("dp", self.dp)) if size > 1)
         options = [self.exchange] * (m > 1) + [self.output] * (self.output != "reduce")
-        options += [self.weights] * (self.weights != "stationary") + [self.residual] * (self.residual != "replicated")
+        options += [self.weights] * (self.weights != "stationary")
+        if self.attention == "cut":
+            options += [self.residual] * (self.residual != "replicated")
+        else:  # which says how hidden states are divided
+            options.append(self.attention)
         options += [self.residual_dtype] * (self.residual_dtype != "model")
         options += [self.communication] * (self.communication != "exposed") + [self.linears] * (self.linears != "model")
         options += [self.decode] * (self.decode != "in_flight")
@@ -197,14 +239,17 @@ def parse_layout(text: str) -> Layout:
     known |= {name: "residual" for name in RESIDUALS} | {name: "residual_dtype" for name in RESIDUAL_DTYPES}
     known |= {name: "communication" for name in COMMUNICATIONS}
     known |= {"fp8": "linears", "drained": "decode"}  # "model" says what hidden states are kept in
+    known["dp-attention"] = "attention"
     chosen: dict[str, str] = {}
     for option in filter(None, options.split("+")):
         if option not in known or known[option] in chosen:
             raise InvalidLayout(
                 f"{option!r} in {text!r} is not an option, or is one too many",
-                legal=(*EXCHANGES, "concat", "gathered", "sharded", "fp32", "overlapped", "fp8", "drained"),
+                legal=(*EXCHANGES, *"concat gathered sharded dp-attention fp32 overlapped fp8 drained".split()),
             )
         chosen[known[option]] = option
+    if "attention" in chosen:
+        chosen.setdefault("residual", "sharded")
     return Layout(
         num_head_groups=sizes.get("tp", sizes.get("n", 1)),
         num_dim_slices=sizes.get("m", 1),

@@ -23,7 +23,7 @@ def _copies_kv(model: ModelSpec, layout: Layout) -> bool:
 def _problem(model: ModelSpec, layout: Layout) -> tuple[str, str] | None:
     """What keeps this layout from running this model, and why; None if nothing does."""
     n, m = layout.num_head_groups, layout.num_dim_slices
-    if model.num_kv_heads % n and not _copies_kv(model, layout):
+    if layout.attention == "cut" and model.num_kv_heads % n and not _copies_kv(model, layout):
         remainder = f"{model.num_kv_heads} % {n} = {model.num_kv_heads % n}"
         return (
             f"{n} head groups cannot share {model.num_kv_heads} KV heads",
@@ -68,7 +68,14 @@ def _check_workload(model: ModelSpec, layout: Layout, workload: Workload) -> Non
             why="a replica needs a sequence",
             legal=(f"--batch {layout.dp}",),
         )
-    shares = layout.dp * (layout.num_dim_slices if layout.exchange == "batch" else 1)
+    shares = layout.dp * layout.row_owners
+    if layout.attention == "dp-attention" and shares > workload.batch:
+        raise InvalidLayout(
+            f"{layout}: {shares} ranks attend to {workload.batch} sequences",
+            numbers=f"dp {layout.dp} x tp {layout.tp} = {shares}",
+            why="data-parallel attention divides the batch: a rank without a sequence would only wait",
+            legal=(f"--batch {shares}",),
+        )
     if layout.communication == "overlapped" and workload.batch <= shares:
         raise InvalidLayout(
             f"{layout}: nothing overlaps in a batch of {workload.batch}",

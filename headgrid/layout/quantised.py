@@ -19,7 +19,7 @@ def is_quantised(layout: Layout, name: str) -> bool:
 def rows_are_cut(layout: Layout, name: str) -> bool:
     """Whether the ranks that share a layer hold different parts of each output row of a matrix."""
     part = name.split(".")[-2]
-    return part == "down" or (part == "o" and layout.output == "reduce")
+    return part == "down" or (part == "o" and (layout.output, layout.attention) == ("reduce", "cut"))
 
 
 def scale_name(name: str) -> str:

@@ -2,8 +2,9 @@
 
 Rank (i, j) owns the query heads and KV heads of group i; of these, channels slice j of Q and K (whole RoPE pairs),
 channels slice j of V (contiguous), the matching columns of W_O, 1/P of the MLP's units and 1/P of the vocabulary.
-No matrix is stored twice, with two exceptions: m = 1 with more ranks than KV heads copies KV heads, as vLLM does, and
-tied embeddings are on the first and on the last pipeline stage.
+No matrix is stored twice, with three exceptions: m = 1 with more ranks than KV heads copies KV heads, as vLLM does;
+with `dp-attention` every rank owns all heads, so that the attention weights are stored n times; and tied embeddings are
+on the first and on the last pipeline stage.
 """
 
 from dataclasses import dataclass
@@ -57,8 +58,12 @@ class HeadShard:
 
 
 def head_groups(model: ModelSpec, layout: Layout) -> tuple[tuple[Span, Span], ...]:
-    """Query heads and KV heads of each head group. Only where n > K is a KV head in more than one group."""
+    """Query heads and KV heads of each head group. Only where n > K is a KV head in more than one group, and with
+    `dp-attention`, where every group has all heads.
+    """
     n, k = layout.num_head_groups, model.num_kv_heads
+    if layout.attention == "dp-attention":
+        return ((Span(0, model.num_heads), Span(0, k)),) * n
     heads = balanced(model.num_heads, n)
     if n <= k:
         return tuple(zip(heads, balanced(k, n), strict=True))

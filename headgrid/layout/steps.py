@@ -6,7 +6,7 @@ Letters as in `held`; r bytes of an element of the hidden states.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from headgrid.layout.held import INDEX_BYTES, Shape, exchange_bytes, gathered, token_shares
+from headgrid.layout.held import INDEX_BYTES, Shape, attention_shape, exchange_bytes, gathered, tokens_of_ranks
 from headgrid.layout.layout import Layout
 from headgrid.layout.quantised import FP8_BYTES, SCALE_BYTES
 from headgrid.layout.shards import head_shards
@@ -45,7 +45,7 @@ def _enter_bytes(shape: Shape) -> int:
     size = 0 if post and shape.residual == shape.e else own
     if shape.layout.residual == "sharded":
         width = shape.model.hidden_size * shape.e
-        size += gathered([tokens * width for tokens in token_shares(shape)], shape.tp_index)
+        size += gathered([tokens * width for tokens in tokens_of_ranks(shape)], shape.tp_index)
     return size if post else max(size, _normed_bytes(shape, shape.own_tokens))
 
 
@@ -68,7 +68,7 @@ def _leave_bytes(shape: Shape) -> int:
     """A product of all tokens, and the own tokens' share of its sum; uneven parts are received, then added up."""
     if shape.layout.residual != "sharded":
         return shape.whole_bytes
-    shares, mine = token_shares(shape), shape.own_tokens * shape.model.hidden_size
+    shares, mine = tokens_of_ranks(shape), shape.own_tokens * shape.model.hidden_size
     if len(set(shares)) == 1:
         return shape.whole_bytes + mine * shape.e
     copy = shape.e if shape.wide != shape.e else 0
@@ -149,17 +149,18 @@ def _concat_bytes(sizes: list[int], index: int) -> int:
 
 def _layer_bytes(shape: Shape) -> Iterator[int]:
     """Bytes held beside the residual at each step of a layer."""
-    entered = _entered_bytes(shape)
+    half = attention_shape(shape)
+    yield _enter_bytes(half)
+    yield _entered_bytes(half) + _product_bytes(half, half.model.hidden_size, half.own.row_width)
+    if half.model.qk_norm:
+        yield from _head_norm_bytes(half)
+    yield _rotation_bytes(half)
+    yield from exchange_bytes(half)
+    yield from _output_bytes(half)
     yield _enter_bytes(shape)
-    yield entered + _product_bytes(shape, shape.model.hidden_size, shape.own.row_width)
-    if shape.model.qk_norm:
-        yield from _head_norm_bytes(shape)
-    yield _rotation_bytes(shape)
-    yield from exchange_bytes(shape)
-    yield from _output_bytes(shape)
     yield _sum_bytes(shape)
     outputs = shape.units * (2 if shape.model.gated_mlp else 1)
-    yield entered + _product_bytes(shape, shape.model.hidden_size, outputs)
+    yield _entered_bytes(shape) + _product_bytes(shape, shape.model.hidden_size, outputs)
     units = shape.tokens * outputs * shape.e
     yield units + max(_product_bytes(shape, shape.units, shape.model.hidden_size), _leave_bytes(shape))
 

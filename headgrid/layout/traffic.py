@@ -20,6 +20,7 @@ from headgrid.layout.batching import (
     query_share,
     replica_rows,
     score_blocks,
+    token_shares,
 )
 from headgrid.layout.layout import Coordinates, Layout
 from headgrid.layout.quantised import FP8_BYTES, is_quantised, scale_bytes
@@ -77,7 +78,7 @@ class Step:
     @property
     def own_tokens(self) -> int:
         """Tokens whose hidden states this rank holds."""
-        return own_tokens(self.layout, self.tokens, self.tp_index)
+        return own_tokens(self.layout, self.micro_batch.size, self.queries, self.tp_index)
 
     @property
     def wide_bytes(self) -> int:
@@ -85,9 +86,9 @@ class Step:
         return max(4, self.element_bytes)
 
 
-def own_tokens(layout: Layout, tokens: int, tp_index: int) -> int:
+def own_tokens(layout: Layout, rows: int, queries: int, tp_index: int) -> int:
     """Tokens of a call whose hidden states a rank holds: all, or its share where the residual is sharded."""
-    return len(balanced(tokens, layout.tp)[tp_index]) if layout.residual == "sharded" else tokens
+    return len(token_shares(layout, rows, queries)[tp_index]) if layout.residual == "sharded" else rows * queries
 
 
 def residual_bytes(layout: Layout, element_bytes: int) -> int:
@@ -187,11 +188,12 @@ def _output(step: Step) -> Iterator[Collective]:
 
 
 def layer_calls(step: Step) -> Iterator[Collective]:
-    """One layer, both halves."""
-    yield from enter_calls(step)
-    yield from qk_norm_calls(step)
-    yield from EXCHANGE_CALLS[step.layout.exchange](step)
-    yield from _output(step)
+    """One layer, both halves; data-parallel attention sends nothing."""
+    if step.layout.attention == "cut":
+        yield from enter_calls(step)
+        yield from qk_norm_calls(step)
+        yield from EXCHANGE_CALLS[step.layout.exchange](step)
+        yield from _output(step)
     yield from enter_calls(step)
     yield from leave_calls(step)
 

@@ -111,6 +111,7 @@ def _check_layout(model: ModelSpec, layout: Layout, ranks: int) -> None:
         "dp > 1": (layout.dp > 1, logits),
         "gathered weights": (layout.weights == "gathered", "its cache is not that of gathered prefill"),
         "overlapped communication": (layout.communication == "overlapped", "it computes one call at a time"),
+        "data-parallel attention": (layout.attention == "dp-attention", "rows come alone, and move from rank to rank"),
         "no exchange": (layout.exchange == "independent", logits),
     }
     for reason, (holds, why) in reasons.items():

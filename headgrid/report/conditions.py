@@ -58,12 +58,14 @@ def telemetry(summary: Summary, phase: Phase) -> Table:
 def _label(row: Mapping[str, Any]) -> str:
     """The counter, its unit unless values show it, and the ceiling that shares are of."""
     unit = "" if row["unit"] in ("B", "B/s", "") else f", {row['unit']}"
-    ceiling = f" (of {' '.join(_in_unit(row, row['ceiling'], None)).rstrip()})" if _has_share(row) else ""
+    measured = "measured " if row.get("ceiling_measured") else ""
+    shown = " ".join(_in_unit(row, row["ceiling"], None)).rstrip() if _has_share(row) else ""
+    ceiling = f" (of {measured}{shown}{row['unit'] * (row['unit'] == '%')})" if shown else ""
     return f"{row['label']}{unit}{ceiling}{' (derived)' if row['derived'] else ''}"
 
 
 def _has_share(row: Mapping[str, Any]) -> bool:
-    return row["share_of_ceiling"] is not None and row["unit"] != "%"
+    return row["share_of_ceiling"] is not None and (row["unit"] != "%" or bool(row.get("ceiling_measured")))
 
 
 def _in_unit(row: Mapping[str, Any], mean: float, sd: float | None) -> tuple[str, str]:
@@ -93,7 +95,8 @@ def _note(found: Mapping[str, Any], by_arm: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         "Means over samples that lie wholly inside timed blocks, of the mean over the ranks' GPUs, cores or processes;"
         " ± SD over samples, which follow one another and are not independent; n counts them. Per cents without a unit"
-        " beside the name are shares of the ceiling that the name gives."
+        " beside the name are shares of the ceiling that the name gives: the driver's, or the calibration's where it is"
+        " called measured."
     ]
     parts += [f"{label} (derived): {how}." for label, how in derived.items()]
     if found["missing"]:

@@ -14,7 +14,7 @@ from headgrid.experiment.records import Phase, Record
 from headgrid.experiment.stats import PHASES
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.shards import stage_layers
-from headgrid.report import conditions, partition, plots, tables
+from headgrid.report import ceilings, conditions, partition, plots, tables
 from headgrid.report import format as fmt
 from headgrid.report.naming import caution, names
 from headgrid.spec.model import ModelSpec
@@ -60,6 +60,7 @@ def render(
         noise=tables.noise_line(summary),
         memory=tables.memory(summary),
         traffic=[tables.traffic(summary, phase, layers) for phase in PHASES],
+        ceilings=ceilings.table(summary),
         validation=tables.validation(summary, records),
         isolation=conditions.isolation(summary),
         telemetry=[conditions.telemetry(summary, phase) for phase in PHASES],

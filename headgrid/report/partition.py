@@ -21,9 +21,11 @@ def draw(name: str, model: ModelSpec, layout: Layout) -> Markup:
     """The cut of Q and K in the first replica's first stage, as an SVG element; all others are cut alike."""
     cells = [cell for cell in partition(model, layout) if cell.dp == 0 and cell.pp == 0]
     root = Element("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "font-size": str(TEXT)})
-    for cell in cells:
+    alike = layout.attention == "dp-attention"  # one box stands for all
+    for cell in cells[:1] if alike else cells:
         for channels in cell.channels:
-            _rectangle(root, model, cell, channels, _colour(cell, layout))
+            who = f"each of {layout.tp} ranks" if alike else f"rank {cell.rank}"
+            _rectangle(root, model, cell, channels, _colour(cell, layout), who)
     _axis(root, model, cells)
     return inline(tostring(root, encoding="unicode"), name, _alternative(model, layout, cells))
 
@@ -42,15 +44,15 @@ def _colour(cell: Cell, layout: Layout) -> str:
     return f"hsl({hue:.0f} 42% {62 + 24 * cell.slice / layout.num_dim_slices:.0f}%)"
 
 
-def _rectangle(root: Element, model: ModelSpec, cell: Cell, channels: Span, colour: str) -> None:
+def _rectangle(root: Element, model: ModelSpec, cell: Cell, channels: Span, colour: str, who: str) -> None:
     left, right = _x(model, channels.start), _x(model, channels.stop)
     top, bottom = _y(model, cell.heads.start), _y(model, cell.heads.stop)
     shape = {"x": left, "y": top, "width": right - left, "height": bottom - top}
     texts = {key: f"{value:.1f}" for key, value in shape.items()}
     box = SubElement(root, "rect", {**texts, "fill": colour, "stroke": PAPER, "stroke-width": "1.2"})
-    SubElement(box, "title").text = f"rank {cell.rank}: {_owns(cell)}"
+    SubElement(box, "title").text = f"{who}: {_owns(cell)}"
     if right - left >= MIN_LABEL_WIDTH and bottom - top >= MIN_LABEL_HEIGHT:
-        text = f"rank {cell.rank}" if right - left > 48 else str(cell.rank)
+        text = who if right - left > 48 else str(cell.rank)
         middle = (top + bottom) / 2 + TEXT * 0.36
         _text(root, (left + right) / 2, middle, text, "middle", "#16181a")
 
@@ -101,17 +103,9 @@ def _alternative(model: ModelSpec, layout: Layout, cells: Sequence[Cell]) -> str
 
 
 def caption(model: ModelSpec, layout: Layout) -> str:
-    """What the drawing cannot show: slices, stages, replicas, and whether KV heads are copied."""
-    n, m = layout.num_head_groups, layout.num_dim_slices
+    """What the drawing cannot show: slices, stages, replicas, and what is stored more than once."""
     cells = partition(model, layout)
-    parts = [
-        f"{_count(n, 'head group')} {TIMES} {_count(m, 'channel slice')}." if m > 1 else f"{_count(n, 'head group')}."
-    ]
-    owners = [cell.kv_heads for cell in cells if cell.dp == cell.pp == cell.slice == 0]
-    copies = sum(len(span) for span in owners) / model.num_kv_heads
-    kv_heads = _count(model.num_kv_heads, "KV head")
-    once = "none stored twice in a replica" if layout.dp > 1 else "none stored twice"
-    parts.append(f"{kv_heads}, {once}." if copies == 1 else f"{kv_heads}, each stored {copies:g} times.")
+    parts = [_copied(layout)] if layout.attention == "dp-attention" else list(_cut(model, layout, cells))
     if layout.pp > 1:
         parts.append(f"{layout.pp} pipeline stages: {'; '.join(_stages(cells, layout))}. All are cut alike.")
     if layout.dp > 1:
@@ -119,6 +113,24 @@ def caption(model: ModelSpec, layout: Layout) -> str:
         higher = "k" if step == 1 else f"{step} k"
         parts.append(f"{layout.dp} replicas, each with its own sequences; the ranks of replica k are {higher} higher.")
     return " ".join(parts)
+
+
+def _copied(layout: Layout) -> str:
+    return (
+        f"Data-parallel attention: its weights are stored {layout.tp} times, whole on each rank, which attends to"
+        " sequences of its own and caches the keys and values of these. The MLP and the vocabulary are cut among ranks."
+    )
+
+
+def _cut(model: ModelSpec, layout: Layout, cells: Sequence[Cell]) -> Iterator[str]:
+    n, m = layout.num_head_groups, layout.num_dim_slices
+    groups = _count(n, "head group")
+    yield f"{groups} {TIMES} {_count(m, 'channel slice')}." if m > 1 else f"{groups}."
+    owners = [cell.kv_heads for cell in cells if cell.dp == cell.pp == cell.slice == 0]
+    copies = sum(len(span) for span in owners) / model.num_kv_heads
+    kv_heads = _count(model.num_kv_heads, "KV head")
+    once = "none stored twice in a replica" if layout.dp > 1 else "none stored twice"
+    yield f"{kv_heads}, {once}." if copies == 1 else f"{kv_heads}, each stored {copies:g} times."
 
 
 def _count(number: int, noun: str) -> str:

@@ -91,7 +91,7 @@ class Engine:
         self._steps, self._positions = 0, torch.zeros_like(self.tokens)
         plans = {*(call.micro_batch for call in self.prefill_plan), *self.decode_plan}
         self._local = {mb: self._replica_index(mb) for mb in plans}
-        self._hidden = [self._hidden_buffer(len(self.stage.residual.own(mb.size))) for mb in self.decode_plan]
+        self._hidden = [self._hidden_buffer(len(self.stage.residual_of(1).own(mb.size))) for mb in self.decode_plan]
         self.decoder = (direct_stage(self.stage, self.decode_plan) if direct else None) or self.stage
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._sent: list[tuple[dist.Work | None, Tensor]] = []
@@ -151,14 +151,17 @@ class Engine:
         work = [(step, k) for step in range(steps) for k in range(len(self.decode_plan))]
         returning: dict[int, Receipt] = {}
         arriving = self._expect(len(self._hidden[0])) if steps else None
+        # What follows a single micro-batch needs its tokens. A kernel that waits for it would hold up the loading of
+        # those that make the tokens, at their first use, for ever.
+        early = len(self.decode_plan) > 1
         for n, (step, k) in enumerate(work):
-            mb = self.decode_plan[k]
+            mb, following = self.decode_plan[k], work[n + 1 : n + 2]
             if k == 0 and step:
                 self._set_steps(self._steps + 1)
             if not self.stage.first:
                 self._hidden[k].copy_(_arrived(arriving))
-            if n + 1 < len(work):
-                arriving = self._expect(len(self._hidden[work[n + 1][1]]))
+            if following and early:
+                arriving = self._expect(len(self._hidden[following[0][1]]))
             if k in returning:
                 self._put_tokens(mb, returning.pop(k))
             _observed(observe, "decode", k, step, lambda k=k: self._compute(k))
@@ -171,6 +174,8 @@ class Engine:
                 if k == len(self.decode_plan) - 1:
                     tokens.append(self.tokens.clone())
                     logits += [self.logits.clone()] * keep_logits
+            if following and not early:
+                arriving = self._expect(len(self._hidden[following[0][1]]))
         for k, receipt in returning.items():
             self._put_tokens(self.decode_plan[k], receipt)
         self._set_steps(self._steps + min(1, steps))

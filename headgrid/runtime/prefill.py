@@ -48,7 +48,8 @@ class StationaryPrefill:
 
     def hidden_tokens(self, call: Call) -> int:
         """This rank's share of the call's tokens, or all."""
-        return len(self.stage.residual.own(call.micro_batch.size * len(call.positions)))
+        queries = len(call.positions)
+        return len(self.stage.residual_of(queries).own(call.micro_batch.size * queries))
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """One call of the stage."""

@@ -70,7 +70,8 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _scales(largest: Tensor) -> Tensor:
-    return largest.div_(LARGEST).clamp_(min=fused.TINY)
+    """By a tensor: by a number, CUDA would multiply with its inverse, and other devices divide."""
+    return largest.div_(largest.new_full((), LARGEST)).clamp_(min=fused.TINY)
 
 
 def _rounded(x: Tensor, scales: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from headgrid.runtime.collectives import Axis, differentiated
 
 
 class Residual(Protocol):
-    """How hidden states are held. Widths of rows may be any."""
+    """How hidden states are held, among the ranks `tp`. Widths of rows may be any."""
+
+    tp: Axis
 
     def own(self, tokens: int) -> Span:
         """The tokens that this rank holds."""
@@ -60,18 +62,19 @@ class Replicated:
 
 
 class Sharded:
-    """Every rank holds the hidden states of a share of the tokens."""
+    """Every rank holds the hidden states of a share of the tokens: of whole runs of `unit` consecutive ones."""
 
-    def __init__(self, tp: Axis) -> None:
-        """`tp` are the ranks that share a layer."""
-        self.tp = tp
+    def __init__(self, tp: Axis, unit: int = 1) -> None:
+        """`tp` are the ranks that share a layer; `unit` divides the tokens of every call."""
+        self.tp, self.unit = tp, unit
 
     def own(self, tokens: int) -> Span:
         """This rank's share: consecutive tokens."""
-        return balanced(tokens, self.tp.size)[self.tp.index]
+        units = balanced(tokens // self.unit, self.tp.size)[self.tp.index]
+        return Span(units.start * self.unit, units.stop * self.unit)
 
     def _sizes(self, tokens: int, width: int) -> list[int]:
-        return [len(span) * width for span in balanced(tokens, self.tp.size)]
+        return [len(span) * self.unit * width for span in balanced(tokens // self.unit, self.tp.size)]
 
     def enter(self, x: Tensor, tokens: int) -> Tensor:
         """All-gather."""
@@ -79,7 +82,7 @@ class Sharded:
 
     def leave(self, y: Tensor) -> Tensor:
         """Reduce-scatter."""
-        return self.tp.reduce_scatter(y.reshape(-1), self._sizes(*y.shape)).view(-1, y.shape[1])
+        return self.tp.reduce_scatter(y.reshape(-1), self._sizes(len(y), y.shape[1])).view(-1, y.shape[1])
 
     def pick(self, x: Tensor, tokens: int, wanted: Sequence[int]) -> Tensor:
         """The rows that this rank holds, and zeros for the others, summed. With gradients: all tokens, gathered."""

@@ -7,6 +7,7 @@ Each half of a layer adds a sum over ranks to them:
     x += leave( gelu(enter(norm(x)) W_up[:, units]) W_down[units, :] )
 where enter and leave are nothing and an all-reduce, or an all-gather and a reduce-scatter (`residual`).
 With output `concat` the heads' outputs are all-gathered instead, W_O is owned by columns, and these are all-gathered.
+With attention `dp-attention` a rank's tokens are those of its own sequences, which its attention half works on alone.
 """
 
 import functools
@@ -23,6 +24,7 @@ from headgrid.layout.shards import head_shards, stage_layers
 from headgrid.layout.span import Span, Spans, balanced
 from headgrid.runtime.attention import Queries, Rule
 from headgrid.runtime.cache import KVCache
+from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import EXCHANGES, Core, Slices
 from headgrid.runtime.hidden import Hidden, added
 from headgrid.runtime.kernels import fused, skinny
@@ -41,17 +43,25 @@ from headgrid.spec.workload import Workload
 class StageCall:
     """What goes through a stage at once: sequences, their queries, and which of these want logits.
 
-    `ending` are places of tokens, sequence by sequence, in ascending order.
+    `ending` are places of tokens, sequence by sequence, in ascending order. `alone`: no other rank works on them.
     """
 
     micro_batch: MicroBatch
     queries: Queries
     ending: Sequence[int]
+    alone: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens of the call, T."""
         return self.micro_batch.size * self.queries.count
+
+    def of(self, owner: int) -> "StageCall":
+        """The sequences of one owner of cache rows, alone."""
+        parts = self.micro_batch.parts
+        start = sum(len(part) for part in parts[:owner])
+        queries = self.queries.rows(Span(start, start + len(parts[owner])))
+        return StageCall(MicroBatch((parts[owner],)), queries, (), alone=True)
 
 
 def prefill_call(model: ModelSpec, workload: Workload, call: Call, device: torch.device) -> StageCall:
@@ -100,14 +110,15 @@ class Stage:
         fp32 = layout.residual_dtype == "fp32"
         self.residual_dtype = torch.promote_types(self.dtype, torch.float32) if fp32 else self.dtype
         self.residual: Residual = Sharded(mesh.tp) if layout.residual == "sharded" else Replicated(mesh.tp)
+        rank = mesh.tp.ranks[mesh.tp.index]
+        self._alone = Replicated(Axis("none", (rank,), rank, None))
         self.activated = Units(model)
         self.positions = model.max_positions if positions is None else positions
         self.embedding_scale = torch.tensor(model.embedding_scale, dtype=self.dtype).item()
         self.rotations = self.tables([own.qk_channels])
         self.watch: LayerWatch | None = None
-        self.rounds = layout.linears == "fp8" and layout.residual == "replicated"
-        alone = mesh.tp.size == 1 and model.norm_placement == "pre" and self.residual_dtype == self.dtype
-        self._sums_alone = alone and self.device.type == "cuda"
+        plain = model.norm_placement == "pre" and self.residual_dtype == self.dtype
+        self._adds_products = plain and self.device.type == "cuda"
 
     @functools.cached_property
     def layers(self) -> list[Layer]:
@@ -138,6 +149,13 @@ class Stage:
     def rotation(self, rope: Rope, channels: Spans) -> Rotation:
         """The rotary tables of a slice that holds these channels of every head."""
         return rotation(rope, channels, self.positions, self.dtype, self.device)
+
+    def residual_of(self, queries: int) -> Residual:
+        """How hidden states are held in a call with so many queries of each sequence."""
+        return self.residual if self.layout.attention == "cut" else Sharded(self.mesh.tp, queries)
+
+    def _residual(self, call: StageCall) -> Residual:
+        return self._alone if call.alone else self.residual_of(call.queries.count)
 
     def forward(self, x: Tensor, call: StageCall) -> Tensor:
         """One call through this stage.
@@ -187,17 +205,18 @@ class Stage:
         """What a half of a layer gets: all tokens [T, D] in the model's dtype, normed unless norms follow the sums; for
         FP8 linears already rounded where a GPU can do that on the way.
         """
+        residual = self._residual(call)
         if self.model.norm_placement == "post":
-            return self.residual.enter(hidden.x.to(self.dtype), call.tokens)
+            return residual.enter(hidden.x.to(self.dtype), call.tokens)
         if fused.fits(hidden.x):
             more, hidden.more = hidden.more, None
-            if self.rounds:
+            if self.layout.linears == "fp8" and isinstance(residual, Replicated):
                 return Rounded(*fused.add_norm_fp8(hidden.x, more, norm, self.model), self.dtype)
             normed = fused.add_norm(hidden.x, more, norm, self.model, self.dtype)
             del more
         else:
             normed = self._norm(self.settled(hidden), norm).to(self.dtype)
-        return self.residual.enter(normed, call.tokens)
+        return residual.enter(normed, call.tokens)
 
     def embed(self, tokens: Tensor, table: Tensor, own: Span, queries: Queries) -> Tensor:
         """Token ids [b, s] to this rank's [T_r, D]; `table` [len(own), D] holds the ids `own`, others give zeros, and
@@ -208,11 +227,12 @@ class Stage:
         x = F.embedding(local.masked_fill_(outside, 0).flatten(), table)
         if self.mesh.tp.size > 1:
             x.masked_fill_(outside.view(-1, 1), 0)
-        x = self.residual.leave(x).to(self.residual_dtype)
+        residual = self.residual_of(queries.count)
+        x = residual.leave(x).to(self.residual_dtype)
         if self.model.embedding_scale != 1:
             x = x * self.embedding_scale if torch.is_grad_enabled() else x.mul_(self.embedding_scale)
         if self.model.positions == "learned":
-            mine = self.residual.own(tokens.numel())
+            mine = residual.own(tokens.numel())
             rows = queries.of(self.weights["positions.weight"]).expand(*tokens.shape, -1)
             x = added(x, rows.flatten(0, 1)[mine.start : mine.stop])
         if self.model.token_types:
@@ -236,12 +256,14 @@ class Stage:
 
     def _attention(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor | None:
         """The attention half of a layer before it is added: [T_r, D], or None where its product has added it."""
-        return self._output(self._attended(layer, index, hidden, call), layer.o, hidden)
+        if self.layout.attention == "dp-attention":
+            call = call.of(self.mesh.tp.index)
+        return self._output(self._attended(layer, index, hidden, call), layer.o, hidden, call)
 
     def _attended(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor:
         """Attention before W_O, exact by the layout's exchange: [T, H u]."""
         entered = self._before(hidden, layer.attention_norm, call)
-        projections = linear(entered, *layer.qkv).view(call.micro_batch.size, call.queries.count, -1)
+        projections = linear(entered, *layer.qkv).unflatten(0, (call.micro_batch.size, call.queries.count))
         del entered
         projections = self._positioned(projections, layer, index, call)
         exchange = EXCHANGES[self.layout.exchange]
@@ -258,14 +280,12 @@ class Stage:
 
     def _core(self, index: int, call: StageCall) -> Core:
         """Attention of layer `index` for the sequences of the call that this rank attends to, with their cache rows."""
-        parts, j = call.micro_batch.parts, self.slices.index if len(call.micro_batch.parts) > 1 else 0
-        start = sum(len(part) for part in parts[:j])
-        queries, cache = call.queries.rows(Span(start, start + len(parts[j]))), None
+        mine, cache = call.of(self.slices.index if len(call.micro_batch.parts) > 1 else 0), None
         if self.cache is not None:
-            rows = parts[j].within(self.owned)
+            rows = mine.micro_batch.parts[0].within(self.owned)
             k, v = (part[index, rows.start : rows.stop] for part in (self.cache.keys, self.cache.values))
             cache = k, v
-        return Core(self.rules[index], queries, cache)
+        return Core(self.rules[index], mine.queries, cache)
 
     def _head_norms(self, projections: Tensor, layer: Layer) -> Tensor:
         """RMS norms of whole Q and K heads (`qk_norm`): squares are summed over the slices, in fp32 or wider."""
@@ -304,11 +324,11 @@ class Stage:
                 rotate(*turn)
         return projections
 
-    def _output(self, out: Tensor, o: Linear, hidden: Hidden) -> Tensor | None:
+    def _output(self, out: Tensor, o: Linear, hidden: Hidden, call: StageCall) -> Tensor | None:
         """W_O: out [T, H u] of this rank -> the sum over ranks, of the tokens that this rank holds."""
         weight, bias = o
         if self.layout.output == "reduce":
-            return self._row_parallel(out, weight, bias, hidden)
+            return self._row_parallel(out, weight, bias, hidden, self._residual(call))
         columns = [len(span) for span in balanced(self.model.hidden_size, self.mesh.tp.size)]
         mine = linear(self._concat(out, self.out_widths), weight, bias)
         return self._concat(mine, columns, alike=True)
@@ -319,11 +339,13 @@ class Stage:
         parts = self.mesh.tp.all_gather(x.reshape(-1), sizes, alike=alike).split(sizes)
         return torch.cat([part.view(len(x), -1) for part in parts], dim=-1)
 
-    def _row_parallel(self, x: Input, weight: Weight, bias: Tensor | None, hidden: Hidden) -> Tensor | None:
+    def _row_parallel(
+        self, x: Input, weight: Weight, bias: Tensor | None, hidden: Hidden, residual: Residual
+    ) -> Tensor | None:
         """x [T, local] times weight [D, local], summed over the tp axis; the bias is added once. Where nothing is to be
         summed, a GPU adds the product to the hidden states as it rounds it, which saves them a pass through memory.
         """
-        alone = self._sums_alone and bias is None and not torch.is_grad_enabled()
+        alone = residual.tp.size == 1 and self._adds_products and bias is None and not torch.is_grad_enabled()
         if alone and isinstance(x, Tensor) and isinstance(weight, Tensor):
             launch = skinny.launch_for(x, weight)
             if launch is None:
@@ -331,17 +353,17 @@ class Stage:
             else:
                 skinny.product(x, weight, add=True, out=hidden.x, launch=launch)
             return None
-        y = self.residual.leave(linear(x, weight))
+        y = residual.leave(linear(x, weight))
         return y if bias is None else y.add_(bias)
 
     def _mlp(self, layer: Layer, hidden: Hidden, call: StageCall) -> Tensor | None:
         """The MLP half of a layer before it is added: [T_r, D]."""
         units = self.activated(self._before(hidden, layer.mlp_norm, call), *layer.up)
-        return self._row_parallel(units, *layer.down, hidden)
+        return self._row_parallel(units, *layer.down, hidden, self._residual(call))
 
     def final_norm(self, x: Tensor, call: StageCall) -> Tensor:
         """The ending tokens, normed where the model ends with a norm: x [T_r, D] -> [len(ending), D] on every rank."""
-        last = self.residual.pick(x, call.tokens, call.ending)
+        last = self._residual(call).pick(x, call.tokens, call.ending)
         if not self.model.has_final_norm:
             return last.to(self.dtype)
         return self._norm(last, (self.weights["final.norm.weight"], self.weights.get("final.norm.bias"))).to(self.dtype)

@@ -92,6 +92,7 @@ def test_models_that_are_not_understood(words: str, make: Callable[[], PreTraine
         ("pp > 1", "n2m1pp2"),
         ("dp > 1", "n2m1dp2"),
         ("gathered weights", "n1m2:batch+gathered"),
+        ("data-parallel attention", "tp2:dp-attention"),
         ("no exchange", None),
         ("torch.distributed is not initialised", "n2m2:batch"),
         ("is not a layout", "sixteen"),

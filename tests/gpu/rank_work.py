@@ -72,6 +72,19 @@ def run_direct(rank: int, ranks: int, payload: dict[str, Any]) -> None:
         torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
 
 
+def run_cold(rank: int, ranks: int, payload: dict[str, Any]) -> None:
+    """One sequence through a pipeline in fresh processes: three steps in one call, then the same again one by one."""
+    layout, device = parse_layout("pp2"), torch.device("cuda", torch.cuda.current_device())
+    workload = replace(WORKLOAD, batch=1, prompt_lengths=())
+    arena = new_arena(cache_shape(PLAIN, layout, workload, rank).elements, torch.float32, device)
+    engine = Engine(PLAIN, layout, workload, Mesh(layout, GroupPool(rank)), _weights(PLAIN, "pp2", rank), arena)
+    engine.prefill(prompts()[:1])
+    together = engine.decode(3).tokens.cpu()
+    engine.prefill(prompts()[:1])
+    single = [engine.decode(1).tokens.cpu() for _ in range(3)]
+    torch.save((together, torch.cat(single)), Path(payload["folder"]) / f"{rank}.pt")
+
+
 def _other_room(self: Sums, room: int, x: Tensor, weight: Tensor, tokens: int) -> None:
     torch.mm(x, weight.t(), out=self.rooms[1 - room, :tokens])
 

@@ -54,12 +54,14 @@ def test_products_are_those_of_the_rounded_factors(shape: tuple[int, int, int], 
     assert relative_error(y, rolled) > 0.1
 
 
-def test_a_gpu_rounds_as_a_cpu_does() -> None:
+@pytest.mark.parametrize("inference", [False, True])  # kernels of our own only without gradients
+def test_a_gpu_rounds_as_a_cpu_does(inference: bool) -> None:
     torch.manual_seed(0)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         x = (torch.randn(300, 777) * torch.exp2(torch.arange(300) % 20 - 10.0)[:, None]).to(dtype)
         x[5] = 0
-        here, there = quantised(x), quantised(x.cuda())
+        with torch.inference_mode(inference):
+            here, there = quantised(x), quantised(x.cuda())
         assert torch.equal(there[1].cpu(), here[1])
         same = there[0].cpu().view(torch.uint8) == here[0].view(torch.uint8)
         assert same.float().mean() > 0.9999

@@ -33,6 +33,8 @@ LAYOUTS = (
     "tp2:sharded+overlapped",
     "n1m2:batch+overlapped",
     "n1m2:sequence+overlapped",
+    "tp2:dp-attention",
+    "tp2:dp-attention+overlapped",
 )
 TRAINED = tuple(text for text in LAYOUTS if "overlapped" not in text)
 DIRECT = ("tp2", "n1m2:batch", "n1m2:sequence", "n1m2:gather", "n1m2:batch+gathered", "tp2:fp32", "pp2")
@@ -70,6 +72,15 @@ def test_decode_through_peers(text: str, direct: dict[str, list[dict[str, Any]]]
             assert torch.equal(rank["collectives"]["tokens"], rank["peers"]["tokens"])
             assert relative_error(found, truth) < 2e-6
             assert (relative_error(fault, truth) > 0.1) == (text != "pp2")
+
+
+@pytest.mark.timeout(120)
+def test_a_first_decode_call_of_several_steps(tmp_path: Path) -> None:
+    """Kernels are loaded at their first use, which a stage that already waits for the next message would never end."""
+    run(Job("rank_work:run_cold", {"folder": str(tmp_path)}, 2, "nccl"), log_to=tmp_path / "logs")
+    together, single = torch.load(tmp_path / "1.pt")  # only the last stage knows the tokens
+    assert together.shape == (3, 1)
+    assert torch.equal(together, single)
 
 
 def _leaves(dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -62,6 +62,8 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
         "n2m2:gather+concat",
         "n1m2pp2:scores",
         "tp2dp2",
+        "tp3:dp-attention",
+        "tp2pp2:dp-attention",
         "pp3",
         "tp6pp2",
     ),

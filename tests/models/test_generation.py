@@ -18,7 +18,7 @@ from headgrid.errors import InvalidInput, InvalidLayout
 from headgrid.layout.layout import parse_layout
 from headgrid.models.model import Model, load
 
-LAYOUTS = ("n1m3:sequence", "n2m2:batch+gathered", "tp2pp2", "dp2")
+LAYOUTS = ("n1m3:sequence", "n2m2:batch+gathered", "tp2pp2", "dp2", "tp2:dp-attention")
 DRAWS = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 11}
 FEW, MANY = 6, 20
 """Of new tokens. In groups of 16 steps a host looks whether all sequences have ended."""

@@ -83,6 +83,14 @@ NAMED = (
     (8, 16, 4, 6, "tp8"),
     (16, 16, 8, 8, "tp16"),
 )
+# Attention by sequences: heads need not divide.
+DP_ATTENTION = {
+    2: ("tp2:dp-attention", "tp2:dp-attention+fp32", "tp2:dp-attention+overlapped"),
+    3: ("tp3:dp-attention",),
+    4: ("tp4:dp-attention", "tp2pp2:dp-attention", "tp2dp2:dp-attention", "tp2pp2:dp-attention+drained"),
+    6: ("tp3pp2:dp-attention+fp32",),
+    8: ("tp4dp2:dp-attention",),
+}
 OTHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -116,6 +124,8 @@ def _wanted(ranks: int) -> Iterator[_Wanted]:
     for p, h, k, d, text in NAMED:
         if p == ranks:
             yield _Wanted(text, heads=(h, k, d))
+    for text in DP_ATTENTION.get(ranks, ()):
+        yield _Wanted(text)
 
 
 def _case(rng: random.Random, ranks: int, number: int, wanted: _Wanted) -> Case:
@@ -184,6 +194,7 @@ CORRUPTED = (
     ("tp4:overlapped", 2, 1, 2),
     ("n2m2:sequence+overlapped", 2, 2, 2),
     ("tp2pp2:drained", 1, 2, 2),
+    ("tp4:dp-attention", 2, 1, 4),
 )
 
 
@@ -234,9 +245,17 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "even": (
         *("tp4", "tp4:concat", "tp4:sharded", "tp4:sharded+fp32", "tp2pp2", "dp4", "n2m2:gather", "n2m2:gather+concat"),
         *("n2m2:batch", "n2m2:batch+concat", "n2m2:batch+sharded", "n2m2:batch+gathered", "n1m4:batch+gathered"),
+        "tp4:dp-attention",
         *("n2m2:sequence", "n2m2:sequence+sharded", "n2m2:scores"),
     ),
-    "chunked": ("tp2pp2:sharded", "n2m2:gather", "n2m2:batch+gathered", "n1m4:sequence", "n2m2:scores"),
+    "chunked": (
+        "tp2pp2:sharded",
+        "tp2pp2:dp-attention",
+        "n2m2:gather",
+        "n2m2:batch+gathered",
+        "n1m4:sequence",
+        "n2m2:scores",
+    ),
     "uneven": (
         *(
             "tp3:sharded+fp32",
@@ -247,12 +266,19 @@ MEASURED: dict[str, tuple[str, ...]] = {
             "n1m3:scores",
         ),
         "n1m3:sequence+sharded",
+        "tp3:dp-attention",
     ),
-    "half": ("n2m2:sequence+sharded+fp32", "n1m2pp2:gather+fp32", "n2m2:batch+gathered+sharded", "n2m2:scores"),
+    "half": (
+        "tp4:dp-attention+fp32",
+        "n2m2:sequence+sharded+fp32",
+        "n1m2pp2:gather+fp32",
+        "n2m2:batch+gathered+sharded",
+        "n2m2:scores",
+    ),
     "windowed": ("tp4", "n2m2:batch", "n2m2:sequence"),
     "llama": ("tp2pp2:sharded", "n2m2:batch", "n2m2:batch+gathered", "n1m3:scores"),
-    "gemma": ("n2m2:sequence+sharded+fp32", "n1m4:batch"),
-    "bert": ("n2m2:batch+gathered", "n2m2:sequence", "tp2:sharded+fp32"),
+    "gemma": ("tp4:dp-attention", "n2m2:sequence+sharded+fp32", "n1m4:batch"),
+    "bert": ("tp2:dp-attention", "n2m2:batch+gathered", "n2m2:sequence", "tp2:sharded+fp32"),
 }
 """Layouts by what is special about their model and workload."""
 

@@ -11,6 +11,7 @@ from case import STEPS
 
 from headgrid.errors import InvalidLayout
 from headgrid.layout.layout import (
+    ATTENTIONS,
     COMMUNICATIONS,
     EXCHANGES,
     OUTPUTS,
@@ -64,8 +65,8 @@ def consistent(sizes: dict[str, int]) -> Iterator[Layout]:
     """Every layout of these degrees that does not contradict itself. None is left out but the control `independent`,
     which is wrong on purpose.
     """
-    options = ("none", *EXCHANGES), OUTPUTS, WEIGHT_MODES, RESIDUALS, RESIDUAL_DTYPES, COMMUNICATIONS
-    names = ("exchange", "output", "weights", "residual", "residual_dtype", "communication")
+    options = ("none", *EXCHANGES), OUTPUTS, WEIGHT_MODES, RESIDUALS, RESIDUAL_DTYPES, COMMUNICATIONS, ATTENTIONS
+    names = ("exchange", "output", "weights", "residual", "residual_dtype", "communication", "attention")
     for choice in itertools.product(*options):
         try:
             yield Layout(**sizes, **dict(zip(names, choice, strict=True)))  # type: ignore[arg-type]
@@ -88,6 +89,9 @@ def draw_heads(pick: Pick, layout: Layout) -> tuple[int, int, int]:
     n, m = layout.num_head_groups, layout.num_dim_slices
     even = 2 * m * max(1, pick((2, 3)) * 2 // m)
     dim = even + pick((0, 0, 2, 4, 1))
+    if layout.attention == "dp-attention":  # heads stay together, however many there are
+        kv = pick((1, 2, 3))
+        return kv * pick((1, 2, 3)), kv, dim
     if m == 1 and n > 1 and pick((False, False, True)):
         kv = pick([k for k in range(1, n) if n % k == 0])
         return n * pick((1, 2)), kv, dim
@@ -130,8 +134,10 @@ def draw_workload(pick: Pick, layout: Layout, model: ModelSpec, dtype: str = "fl
     """A few sequences, often fewer than slices or stages; of their own lengths, in several calls, in chunks."""
     gathered_stages = layout.weights == "gathered" and layout.pp > 1
     least = layout.dp * (layout.num_dim_slices if gathered_stages else 1)
+    if layout.attention == "dp-attention":
+        least = layout.dp * layout.tp
     if layout.communication == "overlapped":  # somewhere two calls of different sequences
-        least = max(least, layout.dp * (layout.num_dim_slices if layout.exchange == "batch" else 1) + 1)
+        least = max(least, layout.dp * layout.row_owners + 1)
     batch = max(least, pick((1, 2, 3, 5, 7) if layout.ranks < 16 and layout.pp == 1 else (1, 2, 3, 5)))
     if dtype != "float64":  # an error is compared with another one, so it takes many tokens to tell a bug from chance
         batch += 8

@@ -20,8 +20,9 @@ from headgrid.runtime.attention import ALL, Keys, Queries
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.engine import Engine
 from headgrid.runtime.exchange import Core, Slices
+from headgrid.runtime.residual import Sharded
 from headgrid.runtime.rotary import Rotation
-from headgrid.runtime.stage import Stage
+from headgrid.runtime.stage import Stage, StageCall
 from headgrid.runtime.turns import Job, Turns
 from headgrid.spec.rope import Rope
 
@@ -345,10 +346,38 @@ def _crowded(case: Case, rank: int) -> Iterator[Alter]:
     yield alter
 
 
+@contextmanager
+def _swapped_sums(case: Case, rank: int) -> Iterator[None]:
+    """Ranks 0 and 1 get each other's tokens of every sum that is scattered."""
+    leave = Sharded.leave
+
+    def swapped(self: Sharded, y: Tensor) -> Tensor:
+        return leave(self, _swapped(self.tp, y))
+
+    with patch.object(Sharded, "leave", swapped):
+        yield
+
+
+@contextmanager
+def _positions_of_others(case: Case, rank: int) -> Iterator[None]:
+    """One rank takes its sequences for as long as the next rank's are."""
+    right, ranks = StageCall.of, case.layout.tp
+
+    def wrong(self: StageCall, owner: int) -> StageCall:
+        mine = right(self, owner)
+        return mine if self.alone else replace(mine, queries=right(self, (owner + 1) % ranks).queries)
+
+    with patch.object(StageCall, "of", wrong if rank == victim(case) else right):
+        yield
+
+
+SWAPPED_SUMS = "scattered sums of ranks swapped"
+OTHERS_POSITIONS = "positions of another rank's sequences"
 WASTEFUL = "everything gathered"
 HASTY = "chunks of a prompt together"
 CROWDED = "one call more at once"
 BESIDE: dict[str, Inject] = {WASTEFUL: _everything_gathered, HASTY: _chunks_together, CROWDED: _crowded}
+BESIDE |= {SWAPPED_SUMS: _swapped_sums, OTHERS_POSITIONS: _positions_of_others}
 CHUNKS = {"chunk_positions": 3}
 RAGGED = {"prompt_lengths": (8, 5, 3)}
 FAULTS: dict[str, Fault] = {

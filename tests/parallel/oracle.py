@@ -191,7 +191,8 @@ def _judge_cache(case: Case, outcomes: list[dict[str, Any]], verdict: Verdict) -
     """All caches together are the model's, once; every slot of a token is written, and no other is."""
     model, workload, layout = case.model, case.workload, case.layout
     once = model.num_layers * workload.batch * workload.cache_positions * model.num_kv_heads * model.head_dim
-    copies = max(1, layout.num_head_groups // model.num_kv_heads)  # tp beyond the KV heads
+    cut = layout.attention == "cut"
+    copies = max(1, layout.num_head_groups // model.num_kv_heads) if cut else 1  # tp beyond the KV heads
     keys = layout.num_dim_slices if layout.exchange == "gather" else 1  # whole in the head group
     held = sum(outcome["cache_bytes"] for outcome in outcomes)
     verdict.equal("bytes of all caches", held, (keys + 1) * copies * once * workload.element_bytes)

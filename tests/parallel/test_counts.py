@@ -73,6 +73,13 @@ PROPERTIES = {
     "gathered weights, uneven slices": lambda c: (
         c.layout.weights == "gathered" and c.model.head_dim % c.layout.num_dim_slices > 0
     ),
+    "data-parallel attention": lambda c: c.layout.attention == "dp-attention",
+    "data-parallel attention, uneven batch": lambda c: (
+        c.layout.attention == "dp-attention" and c.workload.batch % (c.layout.tp * c.layout.dp) > 0
+    ),
+    "data-parallel attention, heads that ranks do not divide": lambda c: (
+        c.layout.attention == "dp-attention" and c.model.num_kv_heads % c.layout.tp > 0
+    ),
     "tensor parallel": lambda c: c.layout.num_head_groups > 1 == c.layout.num_dim_slices,
     "KV heads copied": lambda c: c.layout.num_head_groups > c.model.num_kv_heads,
     "pipeline": lambda c: c.layout.pp > 1,

@@ -56,11 +56,12 @@ def test_the_enumeration_leaves_nothing_out() -> None:
     layouts = [layout for p in range(1, MOST_RANKS + 1) for layout in every_layout(p)]
     assert len(layouts) == len(set(layouts)) > 2000
     fine = [layout for layout in layouts if any(accepted(layout, workload) for workload in WORKLOADS)]
-    assert {layout.num_head_groups for layout in fine} == {1, 2, 3, 6, 12}
+    assert {layout.num_head_groups for layout in fine if layout.attention == "cut"} == {1, 2, 3, 6, 12}
+    assert {layout.tp for layout in fine if layout.attention == "dp-attention"} == set(range(2, 17))
     assert {layout.num_dim_slices for layout in fine} == set(range(1, 17))
     assert {layout.pp for layout in fine} == {1, 2, 3}
     assert {layout.dp for layout in fine} == set(range(1, 17))
-    for field in ("exchange", "output", "weights", "residual", "residual_dtype", "communication"):
+    for field in ("exchange", "output", "weights", "residual", "residual_dtype", "communication", "attention"):
         every = {getattr(layout, field) for layout in layouts}
         assert {getattr(layout, field) for layout in fine} == every
 

@@ -25,6 +25,7 @@ RIGHT = (
     Run("n1m3:batch+gathered+fp8"),
     Run("n1m3:batch+gathered+fp8", "llama", "float16"),
     Run("n1m3:sequence+sharded+fp8"),
+    Run("tp3:dp-attention+fp8", "llama"),
     Run("n2m2:batch+gathered+fp8", "llama"),
     Run("n2m2:batch+gathered+sharded+fp8", "gpt", "float16"),
     Run("n2m2:gather+concat+fp8", "gpt", "float16"),
@@ -115,7 +116,7 @@ def test_stored_bits_are_those_of_the_whole_matrix(one: Run, outcomes: dict[Run,
     assert kinds == {getattr(torch, one.dtype), torch.float8_e4m3fn, torch.float32}
 
 
-@pytest.mark.parametrize("one", RIGHT, ids=str)
+@pytest.mark.parametrize("one", [one for one in RIGHT if "dp-attention" not in one.layout], ids=str)
 def test_no_rank_holds_more_than_its_part_while_it_rounds(one: Run, outcomes: dict[Run, Outcomes]) -> None:
     for outcome in outcomes[one]:
         stored = max(x.numel() for x in outcome["weights"].values())

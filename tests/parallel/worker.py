@@ -91,7 +91,7 @@ def _attention_halves(case: Case, engine: Engine) -> dict[str, Tensor]:
     for call, positions in calls:
         rows = [row - engine.rows.start for row in call.micro_batch.rows()]
         part = x[rows, positions.start : positions.stop].flatten(0, 1)
-        own = stage.residual.own(len(part))
+        own = stage.residual_of(len(positions)).own(len(part))
         own, result, mine = (
             slice(own.start, own.stop),
             torch.zeros_like(part, dtype=stage.dtype),

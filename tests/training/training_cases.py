@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass, replace
 
-from headgrid.layout.layout import Layout
+from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check, legal_layouts
 from headgrid.spec.model import ModelSpec
 from headgrid.spec.workload import Workload
@@ -30,7 +30,9 @@ VARIANTS = {
 WORKLOAD = Workload(batch=9, seq=7, decode_steps=0, dtype="float64", chunk_tokens=28)
 WORLD_SIZES = range(1, 9)
 FAULTS = ("gradients of parts not summed", "gradients of copies not summed")
-FAULTY = ("tp4", "n2m2:batch+sharded", "n2m2:batch+gathered")
+FAULTY = ("tp4", "n2m2:batch+sharded", "n2m2:batch+gathered", "tp4:dp-attention")
+DP_ATTENTION = ("tp2:dp-attention", "tp3:dp-attention+fp32", "tp4:dp-attention", "tp2pp2:dp-attention")
+DP_ATTENTION += ("tp2dp2:dp-attention",)
 COPIED_KV = replace(MODEL, name="two KV heads", num_kv_heads=2)
 
 
@@ -56,11 +58,14 @@ def _layouts(ranks: int) -> list[Layout]:
 
 
 def all_cases() -> list[TrainingCase]:
-    """One for each legal layout, the kinds of model in turn, and tensor parallelism that copies KV heads."""
+    """One for each legal layout, the kinds of model in turn, then tensor parallelism that copies KV heads and attention
+    that is data parallel, of each kind of model.
+    """
     kinds = itertools.cycle(VARIANTS)
     cases = [_case(layout, kind, MODEL) for r in WORLD_SIZES for layout, kind in zip(_layouts(r), kinds, strict=False)]
     copied = [Layout(num_head_groups=n, residual=r) for n in (4, 8) for r in ("replicated", "sharded")]
-    return cases + [_case(layout, kind, COPIED_KV) for layout, kind in zip(copied, kinds, strict=False)]
+    cases += [_case(layout, kind, COPIED_KV) for layout, kind in zip(copied, kinds, strict=False)]
+    return cases + [_case(parse_layout(text), kind, MODEL) for text, kind in zip(DP_ATTENTION, VARIANTS, strict=True)]
 
 
 def _case(layout: Layout, kind: str, model: ModelSpec) -> TrainingCase:

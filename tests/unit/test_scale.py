@@ -32,6 +32,8 @@ TINY: dict[str, Any] = {"model": "tiny", "device": "cpu", "batch": 4, "seq": 16,
         ("n2m:batch+gathered", [None, "tp2", None, "n2m2:batch+gathered", "n2m4:batch+gathered"]),
         ("nm2:gather+concat", [None, "n1m2:gather+concat", None, "n2m2:gather+concat", "n4m2:gather+concat"]),
         ("tp:sharded", ["tp1", "tp2:sharded", "tp3:sharded", "tp4:sharded", "tp8:sharded"]),
+        ("tp:dp-attention", ["tp1", *(f"tp{n}:dp-attention" for n in (2, 3, 4, 8))]),
+        ("tp2pp:dp-attention", [None, "tp2:dp-attention", None, "tp2pp2:dp-attention", "tp2pp4:dp-attention"]),
         ("tp:overlapped", ["tp1", "tp2:overlapped", "tp3:overlapped", "tp4:overlapped", "tp8:overlapped"]),
         ("n1m:batch+overlapped", ["tp1", *(f"n1m{m}:batch+overlapped" for m in (2, 3, 4, 8))]),
         ("tp2pp:overlapped", [None, "tp2:overlapped", None, "tp2pp2:overlapped", "tp2pp4:overlapped"]),
@@ -54,6 +56,7 @@ def test_a_family_has_the_member_that_its_notation_says(family: str, members: li
     [
         *("", "tp4", "nm:batch", "n1m", "fast", "dp:batch", "n1m:batch+scores", "tpn2:batch"),
         *("dp:overlapped", "pp:overlapped", "tp:drained", "n1m:batch+gathered+overlapped"),
+        *("n1m:dp-attention", "dp:dp-attention"),
     ],
 )
 def test_what_is_no_family_is_refused_with_examples(text: str) -> None:

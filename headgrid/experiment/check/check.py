@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headgrid.errors import InvalidInput
-from headgrid.experiment.check import clocks, integrity, noise, physics, predictions, sequence, verdicts
+from headgrid.experiment.check import ceilings, clocks, integrity, noise, physics, predictions, sequence, verdicts
 from headgrid.experiment.check.finding import Finding, Note, Outcome, Verdict, run_gates, verdict
 from headgrid.experiment.check.result import ArmResult, Figure, Result, read_result
 from headgrid.experiment.check.run import Run, open_folder
@@ -109,6 +109,8 @@ RUN_GATES: dict[str, Callable[[Run], Outcome]] = {
         predictions.memory,
         predictions.traffic,
         run_physics,
+        ceilings.calibration,
+        ceilings.measured_ceilings,
     )
 }
 """In the order in which they report."""

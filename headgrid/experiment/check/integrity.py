@@ -70,7 +70,7 @@ def summary_figures(run: Run) -> Outcome:
     made.pop("run", None)
     found = list(differences(kept, made))
     gone = [path for path, _, now in found if older and now == "nothing"]
-    new = [path for path, stored, _ in found if older and stored == "nothing"]
+    new = [path for path, stored, _ in found if not run.same_version and stored == "nothing"]
     if gone or new:
         yield Note(f"summary.json is of an older version: {len(gone)} figures are no longer made, {len(new)} are new")
     changed = [each for each in found if each[0] not in {*gone, *new}]

@@ -107,7 +107,7 @@ class Case:
 def launches(rows: int, inputs: int, outputs: int) -> Iterator[Plan]:
     """Tiles, each with about one and two programs for each processor."""
     if rows == 1:
-        yield from (Plan(outs, k, warps, 0, fixed=f) for outs, k, warps in SINGLE if k <= inputs for f in (False, True))
+        yield from (Plan(outs, k, warps, 0) for outs, k, warps in SINGLE if k <= inputs)
     for outs, inner, warps, stages in TILES[max(16, power_of_two(rows))]:
         tiles, blocks = -(-outputs // outs), inputs // inner
         splits = {max(1, min(blocks // 2, 8, round(132 * n / tiles))) for n in (1, 2) if tiles < 132 * n * 1.4}
@@ -228,7 +228,7 @@ def table(case: Case, cublas: float, times: dict[Plan, float], best: list[Plan])
     for launch in best[:3]:
         s = times[launch]
         how = f"({launch.outs},{launch.inner},{launch.warps},{launch.stages}) / {launch.splits}"
-        how += f" ahead {launch.ahead * launch.outs * 2 >> 10} K" + " fixed" * launch.fixed
+        how += f" ahead {launch.ahead * launch.outs * 2 >> 10} K"
         print(f"   {how:36s} {s * 1e6:7.2f} us {size / s:5.2f} TB/s {s / cublas:.3f} of cuBLAS", flush=True)
 
 

@@ -16,7 +16,7 @@ from headgrid.layout.layout import Layout
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import Core, Slices
 from headgrid.runtime.hidden import Hidden
-from headgrid.runtime.kernels import chained, power_of_two
+from headgrid.runtime.kernels import power_of_two
 from headgrid.runtime.layer import Layer, Norm
 from headgrid.runtime.quantised import Input, Weight, linear_into
 from headgrid.runtime.stage import Stage, StageCall
@@ -77,7 +77,7 @@ class Sums:
             count, width, self.model.norm_eps,
             RANK=axis.index, SIZE=axis.size, NORM=norm is not None, RMS=self.model.norm == "rms",
             SHIFT=shift is not None, UNIT=self.model.norm_unit_offset,
-            BLOCK=block, num_warps=min(16, max(4, block // 512)), **chained(x.device),
+            BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
         return axis.done(issued, out if norm is not None else x)
 
@@ -138,7 +138,6 @@ class Shuffle:
             "W_BLOCK": block,
             "HEADS": max(1, min(32, 2048 // block)),
             "num_warps": 4,
-            **chained(self.window.local.device),
         }
 
 

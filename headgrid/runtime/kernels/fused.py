@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headgrid.runtime.kernels import chained, power_of_two
+from headgrid.runtime.kernels import power_of_two
 from headgrid.spec.model import ModelSpec
 
 _WIDEST = 1 << 15
@@ -67,7 +67,6 @@ def _normed(
             x, x if y is None else y, weight, weight if shift is None else shift, out, x if scales is None else scales,
             width, model.norm_eps, TINY, ADD=y is not None, RMS=model.norm == "rms", SHIFT=shift is not None,
             UNIT=model.norm_unit_offset, FP8=scales is not None, BLOCK=block, num_warps=_warps(block),
-            **chained(x.device),
         )  # fmt: skip
     return out
 
@@ -83,9 +82,8 @@ def quantise(x: Tensor, kind: str = "none", *, gated: bool = False) -> tuple[Ten
     if rows:
         block = power_of_two(width)
         _kernels().quantise[(rows,)](
-            x, values, scales, width, x.stride(0), TINY, KIND=kind, GATED=gated, BLOCK=block, num_warps=_warps(block),
-            **chained(x.device),
-        )  # fmt: skip
+            x, values, scales, width, x.stride(0), TINY, KIND=kind, GATED=gated, BLOCK=block, num_warps=_warps(block)
+        )
     return values, scales
 
 
@@ -105,7 +103,7 @@ def store(
         *(x.stride(dim) for x in (k, v, *cache) for dim in (0, 1)),
         K_WIDTH=kv_heads * d, K_BLOCK=power_of_two(kv_heads * d),
         V_WIDTH=kv_heads * u, V_BLOCK=power_of_two(kv_heads * u),
-        num_warps=_warps(power_of_two(kv_heads * max(d, u))), **chained(k.device),
+        num_warps=_warps(power_of_two(kv_heads * max(d, u))),
     )  # fmt: skip
 
 
@@ -119,7 +117,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> None:
     block = power_of_two(pairs)
     _kernels().rotate[(b * s,)](
         x, cos, sin, starts, s, heads, x.stride(0), x.stride(1), x.stride(2),
-        PAIRS=pairs, PAIR_BLOCK=block, HEAD_BLOCK=max(1, 2048 // block), num_warps=4, **chained(x.device),
+        PAIRS=pairs, PAIR_BLOCK=block, HEAD_BLOCK=max(1, 2048 // block), num_warps=4,
     )  # fmt: skip
 
 
@@ -128,7 +126,7 @@ def gate(x: Tensor, kind: str) -> Tensor:
     rows, units = x.shape[0], x.shape[1] // 2
     if rows:
         block = min(2048, power_of_two(units))
-        _kernels().gate[(rows, -(-units // block))](x, units, KIND=kind, BLOCK=block, num_warps=4, **chained(x.device))
+        _kernels().gate[(rows, -(-units // block))](x, units, KIND=kind, BLOCK=block, num_warps=4)
     return x[:, :units]
 
 

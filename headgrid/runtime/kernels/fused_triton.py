@@ -2,15 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@triton.jit
-def early(EARLY: tl.constexpr):
-    """The next kernel may be launched now, this one reads and writes only what the one ahead has left."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -53,10 +44,9 @@ def normed(x, weight_ptr, shift_ptr, cols, inside, width, eps, RMS: tl.constexpr
 def add_norm(
     x_ptr, y_ptr, weight_ptr, shift_ptr, out_ptr, scale_ptr, width, eps, tiny,
     ADD: tl.constexpr, RMS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, FP8: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row): x += y, rounded as x is kept; then the norm of that, in FP8 with a scale if wanted."""
-    early(EARLY)
     at = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -76,10 +66,9 @@ def add_norm(
 @triton.jit
 def quantise(
     x_ptr, out_ptr, scale_ptr, width, x_row, tiny,
-    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row): activation(x), or activation(gate) x up where a row is both, in FP8 with a scale."""
-    early(EARLY)
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = cols < width
     x = tl.load(x_ptr + row * x_row + cols, mask=inside, other=0.0)
@@ -97,10 +86,8 @@ def store(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, start_ptr, queries, capacity, first, stride,
     k_b, k_s, v_b, v_s, to_k_b, to_k_s, to_v_b, to_v_s,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query): its key and value [K d], [K u] to their slot of the cache, if it keeps that one."""
-    early(EARLY)
     row = tl.program_id(0)
     sequence, query = (row // queries).to(tl.int64), (row % queries).to(tl.int64)
     position = tl.load(start_ptr + sequence).to(tl.int64) + query - first
@@ -117,10 +104,9 @@ def store(
 @triton.jit
 def rotate(
     x_ptr, cos_ptr, sin_ptr, start_ptr, queries, heads, x_b, x_s, x_h,
-    PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query): channel pairs (c, c + PAIRS) of all heads turned by the angles of its position."""
-    early(EARLY)
     row = tl.program_id(0)
     sequence, query = (row // queries).to(tl.int64), (row % queries).to(tl.int64)
     position = tl.load(start_ptr + sequence).to(tl.int64) + query
@@ -139,9 +125,8 @@ def rotate(
 
 
 @triton.jit
-def gate(x_ptr, units, KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gate(x_ptr, units, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, block): activation(gate) x up of a row [2 units], in the place of the gate."""
-    early(EARLY)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < units
     at = x_ptr + tl.program_id(0).to(tl.int64) * 2 * units + cols

@@ -9,7 +9,7 @@ symmetric memory.
 import triton
 import triton.language as tl
 
-from headgrid.runtime.kernels.fused_triton import early, normed
+from headgrid.runtime.kernels.fused_triton import normed
 
 
 @triton.jit
@@ -51,10 +51,9 @@ def meet(signals, RANK: tl.constexpr, SIZE: tl.constexpr):
 def sum_add_norm(
     buffers, signals, offset, x_ptr, weight_ptr, shift_ptr, out_ptr, rows, width, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, SHIFT: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x += the sum over ranks of their rows at `offset` of the buffer, in fp32 and in rank order; then the norm."""
-    early(EARLY)  # what a peer reads after the meeting has been written
     meet(signals, RANK, SIZE)
     pointers = buffers.to(tl.pointer_type(tl.uint64))
     cols = tl.arange(0, BLOCK)
@@ -88,10 +87,9 @@ def copy_heads(source, target, heads, FROM: tl.constexpr, TO: tl.constexpr, W: t
 def to_rows(
     buffers, signals, q_ptr, k_ptr, v_ptr, position_ptr, first_row, rows, k_b, k_s, v_b, v_s, heads, kv_heads,
     RANK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
-    HEADS: tl.constexpr, EARLY: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """Program (own sequence): its query from all slices, its key and value into the cache at its position."""
-    early(EARLY)  # what a peer reads after the meeting has been written
     meet(signals, RANK, SIZE)
     row = tl.program_id(0)
     if row < rows:
@@ -114,10 +112,9 @@ def to_rows(
 def to_channels(
     buffers, signals, out_ptr, owner_ptr, place_ptr, offset, heads,
     RANK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
-    HEADS: tl.constexpr, EARLY: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence): this slice's channels [heads, W] of the attention output of the rank that attended to it."""
-    early(EARLY)  # what a peer reads after the meeting has been written
     meet(signals, RANK, SIZE)
     row = tl.program_id(0).to(tl.int64)
     owner, place = tl.load(owner_ptr + row), tl.load(place_ptr + row)

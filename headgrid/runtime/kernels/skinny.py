@@ -27,7 +27,7 @@ class Plan:
     inputs, `inner` at a time, by `warps` warps that load `stages` - 1 blocks ahead.
 
     `ahead`: inputs of each weight's row that are called into the L2 cache before the kernel ahead has ended. Without
-    `stages` a single row is multiplied by plain instructions instead of tensor cores.
+    `stages` a single row is multiplied by plain instructions instead of tensor cores, without gates.
     """
 
     outs: int
@@ -36,7 +36,6 @@ class Plan:
     stages: int
     splits: int = 1
     ahead: int = 0
-    fixed: bool = False
 
 
 @cache
@@ -47,10 +46,10 @@ def plan(rows: int, inputs: int, outputs: int, processors: int, *, gated: bool =
     Fitted to sweeps of `benchmarks/skinny.py` on an H200: tiles of 64 columns, as many splits as give each processor
     one program or two. A single row is faster without tensor cores as long as a program takes whole rows of the weight.
     """
-    if rows == 1 and inputs == 4096:
-        return Plan(1 if gated else 2, 4096, 4, 0)
-    if rows == 1 and inputs % 1024 == 0 and inputs < 4096:
-        return Plan(4 if gated else 8, 1024, 4, 0)
+    if rows == 1 and inputs == 4096 and not gated:
+        return Plan(2, 4096, 4, 0)
+    if rows == 1 and inputs % 1024 == 0 and inputs < 4096 and not gated:
+        return Plan(8, 1024, 4, 0)
     if not 0 < rows <= MOST_ROWS or inputs % 128:
         return None
     tiles = ceil(outputs / 64)
@@ -60,7 +59,8 @@ def plan(rows: int, inputs: int, outputs: int, processors: int, *, gated: bool =
         return Plan(32, 256, 4, 4, 1, 512)
     splits = 1 if tiles > 0.7 * processors else 2 if tiles > 0.45 * processors else round(2 * processors / tiles)
     splits = max(1, min(splits, 8, inputs // 512))
-    return Plan(64, 128, 4, 6 if tiles * splits <= processors and not gated else 4, splits, 256)
+    stages = 5 if gated and rows <= 16 else 4 if gated or tiles * splits > processors else 6
+    return Plan(64, 128, 4, stages, splits, 256)
 
 
 def _many(tiles: int, inputs: int, outputs: int, processors: int, gated: bool) -> Plan | None:
@@ -123,11 +123,10 @@ def product(
     if rows and launch.stages:
         _launch(x, weight, bias, out, ending, launch)
     elif rows:
-        assert rows == 1
+        assert rows == 1 and not gated
         _kernels().single[(-(-units // launch.outs),)](
             x, weight, out if bias is None else bias, out, width, units, weight.stride(0),
-            OUT=launch.outs, K=launch.inner, CHUNKS=max(1, 32 * launch.warps // launch.outs), FIXED=launch.fixed,
-            num_warps=launch.warps, **ending,
+            OUT=launch.outs, K=launch.inner, num_warps=launch.warps, **ending,
         )  # fmt: skip
     return out
 

@@ -63,40 +63,23 @@ def product(
 @triton.jit
 def single(
     x_ptr, w_ptr, bias_ptr, out_ptr, width, units, w_row,
-    OUT: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, FIXED: tl.constexpr,
-    KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    OUT: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (tile): OUT columns of x W^T for one row x, by plain multiplications, a block of weights ahead."""
     outs, inner = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, K)
-    w_rows = w_ptr + tl.minimum(outs, units - 1).to(tl.int64) * w_row
-    up_rows = w_rows + units.to(tl.int64) * w_row
-    w_at, up_at = w_rows[:, None] + inner[None, :], up_rows[:, None] + inner[None, :]
-    if EARLY:
-        gdc_launch_dependents()
-        if not FIXED:
-            _call(w_rows, K, OUT, CHUNKS)
-            if GATED:
-                _call(up_rows, K, OUT, CHUNKS)
-            gdc_wait()
+    w_at = w_ptr + tl.minimum(outs, units - 1).to(tl.int64)[:, None] * w_row + inner[None, :]
     w = tl.load(w_at)
-    up = w
-    if GATED:
-        up = tl.load(up_at)
-    if EARLY and FIXED:
+    if EARLY:  # behind the load: no kernel in flight writes weights
+        gdc_launch_dependents()
         gdc_wait()
     y = tl.zeros([OUT], tl.float32)
-    ups = tl.zeros([OUT], tl.float32)
     for k in tl.range(0, width, K, num_stages=1):
-        here, here_up = w.to(tl.float32), up.to(tl.float32)
+        here = w.to(tl.float32)
         if k + K < width:
             w = tl.load(w_at + k + K)
-            if GATED:
-                up = tl.load(up_at + k + K)
-        x = tl.load(x_ptr + k + inner).to(tl.float32)[None, :]
-        y += tl.sum(here * x, 1)
-        if GATED:
-            ups += tl.sum(here_up * x, 1)
-    _finish(y, ups, bias_ptr, out_ptr + outs, outs, outs < units, units, KIND, GATED, BIAS, ADD)
+        y += tl.sum(here * tl.load(x_ptr + k + inner).to(tl.float32)[None, :], 1)
+    _finish(y, y, bias_ptr, out_ptr + outs, outs, outs < units, units, KIND, GATED, BIAS, ADD)
 
 
 @triton.jit(do_not_specialize=["rows"])

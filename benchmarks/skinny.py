@@ -1,4 +1,4 @@
-"""Products of few rows with the seed model's weights, by cuBLAS and by `runtime.kernels.skinny`, on one GPU.
+"""Products of few rows with the seed model's weights, by cuBLAS and by `skinny_product`, on one GPU.
 
 Each figure is the median of replays of one CUDA graph of 16 products or more with different weights, together larger
 than any L2 cache, so that what is measured is memory. Every launch is checked against fp32 first, its output poisoned.
@@ -17,11 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import skinny_product as skinny
 import torch
+from skinny_product import Plan
 from torch import Tensor
 
-from headgrid.runtime.kernels import fused, power_of_two, skinny, split_kv
-from headgrid.runtime.kernels.skinny import Plan
+from headgrid.runtime.kernels import fused, power_of_two, split_kv
 from headgrid.spec.model import find_model
 
 SPREAD_BYTES = 400 << 20  # weights of one shape together, several times an L2 cache

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headgrid.runtime.kernels import fused, skinny
+from headgrid.runtime.kernels import fused
 from headgrid.runtime.quantised import Input, Rounded, Weight, linear
 from headgrid.spec.model import ModelSpec
 
@@ -22,9 +22,6 @@ class Units:
         kind, gated = self.model.activation, self.model.gated_mlp
         if isinstance(x, Rounded):
             return Rounded(*fused.quantise(linear(x, weight, bias), kind, gated=gated), x.dtype)
-        launch = skinny.launch_for(x, weight, gated=gated) if isinstance(weight, Tensor) else None
-        if isinstance(weight, Tensor) and launch is not None:
-            return skinny.product(x, weight, bias, kind=kind, gated=gated, launch=launch)
         if not gated:
             return self._activated_linear(x, weight, bias)
         both = linear(x, weight, bias)

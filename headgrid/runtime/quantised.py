@@ -18,7 +18,7 @@ from headgrid.errors import NotAvailable
 from headgrid.layout.layout import Layout
 from headgrid.layout.quantised import is_quantised, rows_are_cut, scale_name
 from headgrid.runtime.collectives import Axis
-from headgrid.runtime.kernels import fused, skinny
+from headgrid.runtime.kernels import fused
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -84,8 +84,7 @@ def linear(x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N] in x's dtype."""
     if isinstance(weight, Tensor):
         assert isinstance(x, Tensor)
-        launch = skinny.launch_for(x, weight)
-        return F.linear(x, weight, bias) if launch is None else skinny.product(x, weight, bias, launch=launch)
+        return F.linear(x, weight, bias)
     rows = (x.values, x.scales) if isinstance(x, Rounded) else quantised(x)
     y = _product(*rows, weight, x.dtype)
     return y if bias is None else y.add_(bias)
@@ -95,8 +94,6 @@ def linear_into(out: Tensor, x: Input, weight: Weight, bias: Tensor | None = Non
     """`linear` written to `out` [T, N]."""
     if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
         out.copy_(linear(x, weight, bias))
-    elif (launch := skinny.launch_for(x, weight)) is not None:
-        skinny.product(x, weight, bias, out=out, launch=launch)
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:

@@ -27,7 +27,7 @@ from headgrid.runtime.cache import KVCache
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import EXCHANGES, Core, Slices
 from headgrid.runtime.hidden import Hidden, added
-from headgrid.runtime.kernels import fused, skinny
+from headgrid.runtime.kernels import fused
 from headgrid.runtime.layer import Layer, Linear, Norm, Weights, layer_weights
 from headgrid.runtime.mesh import StageAxes
 from headgrid.runtime.mlp import Units
@@ -347,11 +347,7 @@ class Stage:
         """
         alone = residual.tp.size == 1 and self._adds_products and bias is None and not torch.is_grad_enabled()
         if alone and isinstance(x, Tensor) and isinstance(weight, Tensor):
-            launch = skinny.launch_for(x, weight)
-            if launch is None:
-                hidden.x.addmm_(x, weight.t())
-            else:
-                skinny.product(x, weight, add=True, out=hidden.x, launch=launch)
+            hidden.x.addmm_(x, weight.t())
             return None
         y = residual.leave(linear(x, weight))
         return y if bias is None else y.add_(bias)
@@ -377,7 +373,7 @@ class Stage:
         if not len(last):
             return last.new_empty(0, self.model.vocab_size)
         tied, cap = self.model.tied_embeddings, self.model.final_logit_softcapping
-        local = linear(self.mesh.tp.fan_out(last), self.weights["embedding.weight" if tied else "head.weight"])
+        local = F.linear(self.mesh.tp.fan_out(last), self.weights["embedding.weight" if tied else "head.weight"])
         if cap:
             local = cap * torch.tanh(local / cap) if torch.is_grad_enabled() else local.div_(cap).tanh_().mul_(cap)
         return self._concat(local, [len(span) for span in self.vocab], alike=True)

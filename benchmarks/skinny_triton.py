@@ -1,4 +1,4 @@
-"""The Triton kernels of `skinny`: sums in fp32, one rounding."""
+"""The Triton kernels of `skinny_product`: sums in fp32, one rounding."""
 
 import triton
 import triton.language as tl

@@ -12,10 +12,11 @@ from functools import cache
 from math import ceil
 from typing import Any
 
+import skinny_triton
 import torch
 from torch import Tensor
 
-from headgrid.runtime.kernels import chained, power_of_two
+from headgrid.runtime.kernels import power_of_two
 
 MOST_ROWS = 64
 _MERGED = 512  # columns that a program of the merging kernel takes
@@ -132,9 +133,13 @@ def product(
 
 
 def _kernels() -> Any:
-    from headgrid.runtime.kernels import skinny_triton  # Triton exists only where there is a GPU
-
     return skinny_triton
+
+
+def chained(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that is launched early where it can be, and waits before it reads what others write."""
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ending: dict[str, Any], how: Plan) -> None:

@@ -4,27 +4,40 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_RUNTIME = ["heads", "splits", "least", "window", "at_first"]  # one compilation serves all of their values
+# one compilation serves all of their values
+_RUNTIME = ["heads", "splits", "least", "window", "at_first", "capacity", "ahead"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def partial(
     q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, out_ptr, sum_ptr, position_ptr, out_b, out_h, scale, softcap,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, heads, splits, least, window, at_first, at_stride,
+    capacity, ahead,
     CAPPED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, U: tl.constexpr, GROUP_PADDED: tl.constexpr,
     D_PADDED: tl.constexpr, U_PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SEVERAL: tl.constexpr,
-    EARLY: tl.constexpr, CHAINED: tl.constexpr, WIDE: tl.constexpr,
+    EARLY: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (pair, split): softmax over the split's keys, its weighted sum of values [GROUP, U] and log2-sum.
 
     A pair with one active split is finished here, the others by `merge`.
     """
+    pair, split, kv_heads = tl.program_id(0), tl.program_id(1), heads // GROUP
+    sequence, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    k_base = k_ptr + sequence * k_b + kv_head * k_h
+    v_base = v_ptr + sequence * v_b + kv_head * v_h
     if CHAINED:
+        if AHEAD:  # most keys are there since earlier steps: a position of one of those is near enough to call them
+            position = tl.load(position_ptr + sequence, volatile=True)
+            position = tl.minimum(tl.maximum(position, 0), at_first + (capacity - 1) * at_stride).to(tl.int32)
+            oldest, length = _visible(position, window, at_first, at_stride)
+            each, _ = _division(length - oldest, splits, least)
+            first = oldest + split * each
+            last = tl.minimum(first + tl.minimum(each, ahead), length)
+            _call(k_base, k_s, first, last, D, THREADS)
+            _call(v_base, v_s, first, last, U, THREADS)
         gdc_wait()  # before `merge` is let go: what that reads ahead of its own wait has been written then
     if EARLY and SEVERAL:
         gdc_launch_dependents()
-    pair, split, kv_heads = tl.program_id(0), tl.program_id(1), heads // GROUP
-    sequence, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     position = tl.load(position_ptr + sequence).to(tl.int32)
     rows, dims, cols = tl.arange(0, GROUP_PADDED), tl.arange(0, D_PADDED), tl.arange(0, U_PADDED)
     q_at = q_ptr + sequence * q_b + (kv_head * GROUP + rows[:, None]) * q_h + dims[None, :]
@@ -43,8 +56,6 @@ def partial(
     top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     norm = tl.zeros([GROUP_PADDED], tl.float32)
     out = tl.zeros([GROUP_PADDED, U_PADDED], tl.float32)
-    k_base = k_ptr + sequence * k_b + kv_head * k_h
-    v_base = v_ptr + sequence * v_b + kv_head * v_h
     k_at = keys[:, None] * k_s + dims[None, :]  # within a block: 32 bits do
     v_at = keys[:, None] * v_s + cols[None, :]
     for start in tl.range(first, last, BLOCK, num_stages=STAGES):
@@ -135,6 +146,22 @@ def _division(keys, splits, least):
     each = tl.maximum((keys + splits - 1) // splits, least)
     each = (each + 15) // 16 * 16
     return each, tl.maximum((keys + each - 1) // each, 1)
+
+
+@triton.jit
+def _call(base, stride, first, last, WIDTH: tl.constexpr, THREADS: tl.constexpr):
+    """Call the keys (or values) first .. last of a pair into the L2 cache, each by one thread."""
+    size: tl.constexpr = WIDTH * base.dtype.element_ty.primitive_bitwidth // 8
+    for start in range(first, last, THREADS):
+        keys = tl.minimum(start + tl.arange(0, THREADS), last - 1).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r, l, r",
+            [base + keys * stride, tl.full([THREADS], size, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

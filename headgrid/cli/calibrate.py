@@ -45,7 +45,7 @@ def calibrate(
     console = console_for(as_json)
     joined = launch.joined_by_torchrun()
     plan, notes = calibrate.make(device, ranks, seconds, out, launch.torchrun_rank()[1] if joined else None)
-    for note in notes:
+    for note in notes if not joined or launch.torchrun_rank()[0] == 0 else ():
         console.print(escape(note), style="yellow")
     found = calibrate.carry_out_joined(plan) if joined else _on_this_host(console, plan)
     if found is None:

@@ -64,7 +64,10 @@ def compare(
     out: Out = Path("runs"),
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with a run folder; options but --telemetry-hz and --breakdown are ignored."),
+        typer.Option(
+            help="Go on with a run folder. Of other options only --telemetry-hz, --breakdown and, under torchrun,"
+            " --device count."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

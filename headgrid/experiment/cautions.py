@@ -92,7 +92,7 @@ def _completeness_warnings(design: Mapping[str, Any], records: Sequence[Record],
 
 def _host_warnings(design: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
     """Where ranks ran on several hosts: what telemetry does not see, and slices whose exchange crosses hosts."""
-    placements = {tuple(record.get("hosts") or ()) for record in of_kind(records, "launch")}
+    placements = {tuple(record.get("hosts") or [0] * record["ranks"]) for record in of_kind(records, "launch")}
     several = sorted(hosts for hosts in placements if len(set(hosts)) > 1)
     if len(placements) > 1:
         yield "The launches had their ranks on different hosts."
@@ -113,13 +113,13 @@ def _crossing_sentences(design: Mapping[str, Any], records: Sequence[Record]) ->
         parts = []
         for arm in design["arms"]:
             rows = [r for r in of_kind(records, "traffic", arm["label"]) if r["phase"] == phase and r.get("crossings")]
-            if rows and arm["role"] != "aa":
+            if rows and arm["role"] in ("baseline", "arm"):
                 across, inside = (
                     sum(row[key] for row in rows[-1]["crossings"]) for key in ("across_bytes", "inside_bytes")
                 )
                 parts.append(f"{arm['label']} {across / 1e6:,.3g} of {(across + inside) / 1e6:,.3g} MB")
         if parts:
-            yield f"Between hosts go in {what}, as rings in the order of ranks send it: {', '.join(parts)}."
+            yield f"Between hosts go in {what}, as rings in the order of ranks send equal parts: {', '.join(parts)}."
 
 
 def warnings(design: Mapping[str, Any], records: Sequence[Record], summary: Mapping[str, Any]) -> list[str]:

@@ -93,9 +93,9 @@ def carry_out_joined(
         folder = open_folder() if rank == 0 else None
         if folder is not None and (design := open_run(folder)[0]).backend != backend:
             raise InvalidInput(f"the run in {folder} needs {design.backend}, these ranks have {backend}")
-        payload = json.loads(launch.share_text(json.dumps(_next_payload(folder) if folder else None)))
-        if payload is not None:
-            payload["breakdown"] = breakdown
+        mine = _next_payload(folder) if folder else None
+        shared = launch.share_text(json.dumps(mine and mine | {"breakdown": breakdown}))  # rank 0's flag is all ranks'
+        if (payload := json.loads(shared)) is not None:
             with sampling(folder, telemetry_hz, gpus=backend == "nccl") if folder else nullcontext() as sampler:
                 if sampler is not None:
                     sampler.follow(child.pid for child in psutil.Process(os.getppid()).children())

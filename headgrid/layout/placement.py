@@ -2,7 +2,8 @@
 
 `hosts` is the host of each rank, numbered in the order of ranks: (0, 0, 1, 1) for two ranks on each of two hosts.
 Bytes that cross are those of rings in the order of ranks (all-reduce, all-gather, reduce-scatter), of direct messages
-otherwise. gloo sends these; a library that reduces inside hosts first sends less.
+otherwise. gloo sends these of equal parts; uneven ones go as direct messages, so more of them crosses, and a library
+that reduces inside hosts first sends less.
 """
 
 from collections.abc import Sequence

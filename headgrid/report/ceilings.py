@@ -24,7 +24,7 @@ def table(summary: Mapping[str, Any]) -> Table | None:
         return None
     rows = {(row["label"], row["phase"], row["kind"], row["of"]): row for row in found["shares"]}
     columns = [column for column in COLUMNS if any(row[1:] == column[:3] for row in rows)]
-    arms = [arm for arm in summary["arms"] if arm["role"] != "aa"]
+    arms = [arm for arm in summary["arms"] if arm["role"] in ("baseline", "arm")]
     body = []
     for arm in arms:
         cells = (_cell(rows.get((arm["label"], *column[:3]))) for column in columns)

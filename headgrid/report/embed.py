@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from headgrid.experiment.design import analysis_of
 from headgrid.experiment.records import Record
 from headgrid.report.blocks import COLUMNS, Block, listed
 from headgrid.report.naming import named
@@ -32,7 +33,7 @@ def data(
     document = {
         "name": design["name"],
         "arms": [{"label": arm["label"], "called": named(arm)} for arm in summary["arms"]],
-        "pairs": every_pair(summary, records, design["margin"]),
+        "pairs": every_pair(summary, records, design["margin"], analysis_of(design)),
         "columns": COLUMNS,
         "blocks": [block.row for block in blocks] if listed(blocks) else [],
     }

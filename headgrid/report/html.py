@@ -83,7 +83,7 @@ def render(
         script=script,
         script_hash=script_hash,
         data=embed.data(design, summary, records, timed),
-        numbers={**dict.fromkeys(raw, len(numbers)), **numbers},  # no reader hides the planted arm
+        numbers={**{arm["label"]: len(numbers) for arm in design["arms"]}, **numbers},  # none hides the planted arm
         pair_head=pairs.HEAD,
         pair_note=pairs.NOTE,
         subtitle=_subtitle(design, summary),
@@ -119,7 +119,7 @@ def _title(design: Json) -> str:
 def _subtitle(design: Json, summary: Json) -> str:
     work = design["workload"]
     parts = [
-        f"{len(design['arms'])} arms",
+        f"{len(summary['arms'])} arms",
         f"batch {work['batch']:,}",
         f"sequence {work['seq']:,}",
         f"{work['decode_steps']:,} decode steps",

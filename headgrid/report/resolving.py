@@ -13,7 +13,11 @@ Summary = Mapping[str, Any]
 
 def contestants(summary: Summary) -> dict[str, Any]:
     """The summary without the arm that was slowed down on purpose: it is no layout of its own."""
-    return {**summary, "arms": [arm for arm in summary["arms"] if arm["role"] != "planted"]}
+    planted = {arm["label"] for arm in summary["arms"] if arm["role"] == "planted"}
+    shown = {**summary, "arms": [arm for arm in summary["arms"] if arm["label"] not in planted]}
+    if telemetry := summary.get("telemetry"):
+        shown["telemetry"] = {**telemetry, "arms": [a for a in telemetry["arms"] if a["label"] not in planted]}
+    return shown
 
 
 def rows(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -80,7 +84,8 @@ def sentinel_line(summary: Summary) -> str:
 def tail_line(summary: Summary) -> str:
     """Percentiles of block times where there are any; else why not."""
     tails = summary["tails"]
-    told = [row for row in tails["blocks"] if row["seconds"] is not None]
+    shown = {arm["label"] for arm in contestants(summary)["arms"]}
+    told = [row for row in tails["blocks"] if row["seconds"] is not None and row["label"] in shown]
     parts = []
     for row in told:
         low, high = (duration(edge) for edge in row["ci95"]) if row["ci95"] else (NOT_MEASURED, NOT_MEASURED)

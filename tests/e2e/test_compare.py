@@ -121,7 +121,7 @@ def test_each_arm_is_watched_behind_its_blocks(finished: tuple[dict, Path]) -> N
     summary, folder = finished
     run = folder / summary["run"]
     kinds = [json.loads(line)["kind"] for line in (run / "journal.jsonl").read_text().splitlines()]
-    assert kinds.count("breakdown") == 12 and "block" not in kinds[kinds.index("breakdown") :]
+    assert kinds.count("breakdown") == 14 and "block" not in kinds[kinds.index("breakdown") :]
     assert len(summary["breakdown"]) == 10 and len(list((run / "traces").iterdir())) == 10
     for row in summary["breakdown"]:
         assert row["slow_down"] > 0 and row["unknown"] is None and row["unmatched"] is None

@@ -11,6 +11,7 @@ from PIL import Image
 from report_fixture import HOSTILE, hostile_page, is_drawn, page, read
 from run_fixture import ARMS, make_design, make_records
 
+from headgrid.experiment.multiplicity import claimed
 from headgrid.experiment.records import block_times
 from headgrid.experiment.stats import summarise
 from headgrid.report import format as fmt
@@ -276,7 +277,8 @@ def test_the_pair_chooser_shows_the_summarys_numbers(tab: Page) -> None:
     for row in SUMMARY["comparisons"]:
         found = pair(tab, row["a"], row["b"])[row["phase"]]
         ratio, ci95 = fmt.ratio(row["ratio"], row["ci95"])
-        assert found == [ratio, ci95, row["verdict"], f"{row['n']} ({row['unit']})", "declared"]
+        how = "exploratory" if row.get("family") == "exploratory" else "declared"
+        assert found == [ratio, ci95, claimed(row), f"{row['n']} ({row['unit']})", how]
     assert pair(tab, "tp16", "tp8pp2 (A/A)")["prefill"][-1] == "exploratory"
 
 

@@ -50,6 +50,8 @@ def role(call: Call, layout: Layout) -> str:
         return "intra-group exchange"
     if call.kind == "all_reduce":
         return "TP all-reduce" if layout.num_dim_slices == 1 else f"{_across(layout)} reduce"
+    if layout.attention == "dp-attention":
+        return "rows of data-parallel attention"
     if layout.residual == "sharded":
         return "sequence-parallel residual"
     return f"{_across(layout)} concatenation"

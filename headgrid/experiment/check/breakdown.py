@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -166,9 +167,17 @@ def _trace(run: Run, record: Record, where: str) -> Outcome:
         return
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != named["sha256"]:
-        yield Finding("breakdown.trace", where, f"{named['file']} is not the file that was written")
+        what = f"{named['file']} is not the file that was written"
+        cut = Note(f"{where}: {what}, or a later attempt wrote it and was cut")
+        yield cut if _begun_again(run, record) else Finding("breakdown.trace", where, what)
     elif run.design["device"] == "cuda" and named["cut"] is None:
         yield from _drawn(json.loads(gzip.decompress(data)), record, where)
+
+
+def _begun_again(run: Run, record: Record) -> bool:
+    """Whether another attempt or launch began behind the record: it may have written its trace, and been cut."""
+    behind = itertools.dropwhile(lambda each: each is not record, run.records)
+    return any(each["kind"] == "launch" for each in behind)
 
 
 def _drawn(trace: dict[str, Any], record: Record, where: str) -> Iterator[Finding]:
@@ -181,6 +190,8 @@ def _drawn(trace: dict[str, Any], record: Record, where: str) -> Iterator[Findin
             if event["name"] == STEP:
                 begun[event["pid"]] = start
     for rank, parts in enumerate(record["ranks"]):
+        if None in (parts[name] for name in PARTS):  # its profiler gave nothing, and the record says why
+            continue
         drawn = account(begun[rank], bars[rank, "compute"], bars[rank, "communication"])
         found = (drawn.compute, drawn.exposed, drawn.idle)
         for name, nanoseconds in zip(PARTS, found, strict=True):

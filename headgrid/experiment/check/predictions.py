@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from headgrid.experiment.check.finding import Finding, Note, Outcome
-from headgrid.experiment.check.run import Run
+from headgrid.experiment.check.run import Run, segments
 from headgrid.experiment.records import Record, is_verified, of_kind
 from headgrid.layout.layout import Layout
 from headgrid.layout.memory import predict
@@ -84,23 +84,23 @@ def traffic(run: Run) -> Outcome:
     """
     if run.model is None or run.workload is None:
         return
-    for label, layout in run.arms:
-        for record in of_kind(run.records, "traffic", label):
-            where = f"launch {record['launch']}, {label}, {record['phase']}"
+    layouts = dict(run.arms)
+    for segment in segments(run.records):
+        for record in of_kind(segment.records, "traffic"):
+            label, layout = record["arm"], layouts[record["arm"]]
+            where = f"{segment.where}, {label}, {record['phase']}"
             if is_verified(run.records, label) and record["as_predicted"] is not True:
                 yield Finding("traffic.predicted", where, "is not as predicted, and yet the arm is verified")
             if record["as_predicted"] is True:
                 faults = _rows_differ if run.same_version else _totals_differ
                 wrong = faults(record, _rows(run.model, layout, run.workload, record["phase"]))
                 yield from (Finding("traffic.predicted", where, what) for what in wrong)
-            yield from _crossings(run, record, layout, where)
+            yield from _crossings(run, record, layout, segment.records[0].get("hosts") or [0], where)
 
 
-def _crossings(run: Run, record: Record, layout: Layout, where: str) -> Iterator[Finding]:
-    """What crosses hosts, made again from the launch's own placement of ranks."""
+def _crossings(run: Run, record: Record, layout: Layout, hosts: list[int], where: str) -> Iterator[Finding]:
+    """What crosses hosts, made again from the placement of ranks in that attempt of the launch."""
     assert run.model is not None and run.workload is not None
-    launches = [each for each in of_kind(run.records, "launch") if each["launch"] == record["launch"]]
-    hosts = launches[-1].get("hosts") or [0] if launches else [0]
     stated = record.get("crossings")
     made = None
     if len(set(hosts)) > 1 and len(hosts) == layout.ranks:

@@ -22,6 +22,7 @@ from headgrid.experiment.design import SENSITIVE, Arm, Design, from_dict, rows_t
 from headgrid.experiment.journal import Journal
 from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
 from headgrid.experiment.sentinel import Sentinels
+from headgrid.experiment.stopwatch import timed
 from headgrid.experiment.text import read_identified, token_rows
 from headgrid.experiment.verify import Oracle, Trace, Truth, judge, judge_control
 from headgrid.experiment.weights import weights_of
@@ -329,8 +330,10 @@ def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int, sentinels:
     """
     design = launch.design
     planted = design.protocol.planted if arm.role == "planted" else 0.0
-    prefill_start_s, prefill_s = _timed(launch, lambda: engine.prefill(launch.prompts), planted)
-    decode_start_s, decode_s = _timed(launch, lambda: engine.decode(design.workload.decode_steps), planted)
+    prefill_start_s, prefill_s = timed(launch.device, lambda: engine.prefill(launch.prompts), planted)
+    if planted:  # decode is to find the device as a prefill leaves it, hot and at its limit of power, not rested
+        engine.prefill(launch.prompts)
+    decode_start_s, decode_s = timed(launch.device, lambda: engine.decode(design.workload.decode_steps), planted)
     order = design.order[launch.index][block]
     launch.record(
         "block",
@@ -346,33 +349,3 @@ def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int, sentinels:
         warmup=block < design.protocol.warmup_blocks,
         sentinels=sentinels,
     )
-
-
-SPIN_S = 2e-4
-"""A sleep may end so much late, so the rest is waited for awake; more would take cores from ranks that still work."""
-
-
-def _wait_until(end: float) -> None:
-    """Until `time.perf_counter()` is `end`."""
-    if (left := end - time.perf_counter()) > SPIN_S:
-        time.sleep(left - SPIN_S)
-    while time.perf_counter() < end:
-        pass
-
-
-def _timed(launch: Launch, work: Any, planted: float = 0.0) -> tuple[float, list[float]]:
-    """Unix time of a common barrier, and the seconds that each rank took from it to the end of its own work.
-
-    `planted`: the share of its own time that each rank then still waits, within the time that is told.
-    """
-    barrier(launch.device)
-    start_s, start = time.time(), time.perf_counter()
-    work()
-    if launch.device.type == "cuda":
-        torch.cuda.synchronize(launch.device)
-    if planted:
-        _wait_until(start + (1 + planted) * (time.perf_counter() - start))
-    elapsed = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device=launch.device)
-    everyone = [torch.zeros_like(elapsed) for _ in range(launch.design.ranks)]
-    dist.all_gather(everyone, elapsed)
-    return start_s, [round(float(seconds), 9) for seconds in everyone]

@@ -24,8 +24,17 @@ IDLE_S, IDLE_SHARE = 0.1, 0.02
 H200s, whatever the arm."""
 LONGEST_IDLE_S, LONGEST_IDLE_SHARE = {"cuda": 2.0, "cpu": 30.0}, 1.0
 """What a single block may idle: a busy host, a slow disk; a desktop may be suspended for a while."""
+MOST_UNTIMED = 1.25
+"""An untimed prefill over a timed one."""
 PIPELINE_RANGE = (0.7, 1.6)
 """A prefill that is watched, over one that is timed. Measured: 0.995 to 1.004 where it takes seconds on H200s."""
+
+
+def _untimed_s(block: Record) -> float:
+    """Between the phases: the planted arm does an untimed prefill there (`worker`)."""
+    if "decode_start_s" not in block:
+        return 0.0
+    return max(0.0, block["decode_start_s"] - block["prefill_start_s"] - block["prefill_s"][0])
 
 
 def _duration_s(block: Record) -> float:
@@ -62,6 +71,7 @@ def block_clocks(run: Run) -> Outcome:
 
     The wall clock of the records and the duration counters of the ranks are different clocks of the same events.
     """
+    planted = {arm["label"] for arm in run.design["arms"] if arm["role"] == "planted"}
     idle: dict[str, list[float]] = defaultdict(list)
     lengths: dict[str, list[float]] = defaultdict(list)
     for segment in segments(run.records):
@@ -71,6 +81,11 @@ def block_clocks(run: Run) -> Outcome:
             gap, duration = record["time_s"] - before["time_s"], _duration_s(record)
             where = f"{segment.where}, block {record['block']} of {record['arm']}"
             yield from _starts(before, record, where)
+            if record["arm"] in planted:
+                gap -= (untimed := _untimed_s(record))
+                if untimed > IDLE_S + MOST_UNTIMED * max(record["prefill_s"]):
+                    took = f"took {max(record['prefill_s']):.4f} s, and then {untimed:.4f} s passed before decode"
+                    yield Finding("time.blocks", where, f"prefill {took}: more than the untimed one there")
             if duration > gap + CLOCK_READ_S + CLOCK_READ_S * duration:
                 yield Finding("time.blocks", where, f"took {duration:.4f} s within {gap:.4f} s")
             if (

@@ -25,7 +25,8 @@ class Plan:
     A program reads `block` keys at a time, by `warps` warps that load `stages` - 1 blocks ahead. One that merges takes
     a query head, and up to `columns` of its channels. `chained`: the first kernel too is launched before the one ahead
     of it has ended, if that one allows it (programmatic dependent launch; the merging kernel always is). It can then
-    call the first `ahead` keys of each split, and their values, into the L2 cache before it waits for that end.
+    call the first `ahead` keys of each split, and their values, into the L2 cache before it waits for that end, and
+    with one stage loads its first block after the wait by the position from before it, again if that has changed since.
     """
 
     splits: int
@@ -52,7 +53,7 @@ def plan(
     warps = 2 if rows * bytes_per_key <= 1 << 14 else 4 if rows * bytes_per_key <= 1 << 16 else 8  # for registers
     blocks = -(-capacity // 128)
     if group > 2 * pairs and rows <= 32 and bytes_per_key <= 512 and processors / 3 < blocks * pairs <= processors:
-        return Plan(blocks, 128, 4, 1, 64, chained=True, ahead=128)  # too short for a loop: one block each
+        return Plan(blocks, 128, 8, 1, 64, chained=True, ahead=128)  # too short for a loop: one block each
     if group > 2 * pairs and shared_bytes >= 200 << 10:
         splits = max(1, min(processors // pairs, 96, -(-capacity // 160)))
         kilobytes = 64 if -(-capacity // splits) >= 512 else 32
@@ -136,7 +137,8 @@ def _launch(
         caches[0].shape[1], how.ahead,
         CAPPED=softcap > 0, GROUP=group, D=d, U=u, GROUP_PADDED=_padded(group), D_PADDED=_padded(d),
         U_PADDED=_padded(u), BLOCK=how.block, STAGES=how.stages, SEVERAL=several, EARLY=early,
-        CHAINED=early and how.chained, AHEAD=lines and how.ahead > 0, THREADS=32 * how.warps,
+        CHAINED=early and how.chained, AHEAD=lines and how.ahead > 0,
+        GUESSED=early and how.chained and lines and how.ahead > 0 and how.stages == 1, THREADS=32 * how.warps,
         WIDE=not q.is_cuda and q.dtype == torch.bfloat16,
         num_warps=how.warps, **_early(early and how.chained),
     )  # fmt: skip

@@ -15,7 +15,8 @@ def partial(
     capacity, ahead,
     CAPPED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, U: tl.constexpr, GROUP_PADDED: tl.constexpr,
     D_PADDED: tl.constexpr, U_PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SEVERAL: tl.constexpr,
-    EARLY: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr, WIDE: tl.constexpr,
+    EARLY: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr, GUESSED: tl.constexpr,
+    THREADS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (pair, split): softmax over the split's keys, its weighted sum of values [GROUP, U] and log2-sum.
 
@@ -29,51 +30,43 @@ def partial(
         if AHEAD:  # most keys are there since earlier steps: a position of one of those is near enough to call them
             position = tl.load(position_ptr + sequence, volatile=True)
             position = tl.minimum(tl.maximum(position, 0), at_first + (capacity - 1) * at_stride).to(tl.int32)
-            oldest, length = _visible(position, window, at_first, at_stride)
-            each, _ = _division(length - oldest, splits, least)
-            first = oldest + split * each
-            last = tl.minimum(first + tl.minimum(each, ahead), length)
-            _call(k_base, k_s, first, last, D, THREADS)
-            _call(v_base, v_s, first, last, U, THREADS)
+            guessed, guessed_last, _ = _share(position, split, splits, least, window, at_first, at_stride, SEVERAL)
+            called = tl.minimum(guessed + ahead, guessed_last)
+            _call(k_base, k_s, guessed, called, D, THREADS)
+            _call(v_base, v_s, guessed, called, U, THREADS)
         gdc_wait()  # before `merge` is let go: what that reads ahead of its own wait has been written then
     if EARLY and SEVERAL:
         gdc_launch_dependents()
-    position = tl.load(position_ptr + sequence).to(tl.int32)
     rows, dims, cols = tl.arange(0, GROUP_PADDED), tl.arange(0, D_PADDED), tl.arange(0, U_PADDED)
+    keys = tl.arange(0, BLOCK)
+    k_at = keys[:, None] * k_s + dims[None, :]  # within a block: 32 bits do
+    v_at = keys[:, None] * v_s + cols[None, :]
+    if GUESSED:  # the first block is on its way before the position is known, which is the former one nearly always
+        k, v = _block(
+            k_base, k_s, k_at, v_base, v_s, v_at, guessed, guessed_last, keys, dims, cols, D, D_PADDED, U, U_PADDED
+        )
+    position = tl.load(position_ptr + sequence).to(tl.int32)
     q_at = q_ptr + sequence * q_b + (kv_head * GROUP + rows[:, None]) * q_h + dims[None, :]
     q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (dims[None, :] < D), other=0.0)
     if WIDE:
         q = q.to(tl.float32)
-    oldest, length = _visible(position, window, at_first, at_stride)
-    each, active = length - oldest, 1
-    if SEVERAL:
-        each, active = _division(length - oldest, splits, least)
+    first, last, active = _share(position, split, splits, least, window, at_first, at_stride, SEVERAL)
     if split >= active:
         return
-    first = oldest + split * each
-    last = tl.minimum(first + each, length)
-    keys = tl.arange(0, BLOCK)
     top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     norm = tl.zeros([GROUP_PADDED], tl.float32)
     out = tl.zeros([GROUP_PADDED, U_PADDED], tl.float32)
-    k_at = keys[:, None] * k_s + dims[None, :]  # within a block: 32 bits do
-    v_at = keys[:, None] * v_s + cols[None, :]
-    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
-        inside, far = keys < last - start, tl.cast(start, tl.int64)
-        k = tl.load(k_base + far * k_s + k_at, mask=_within(inside, dims, D, D_PADDED), other=0.0)
-        v = tl.load(v_base + far * v_s + v_at, mask=_within(inside, cols, U, U_PADDED), other=0.0)
+    begin = first
+    if GUESSED:
+        if first != guessed or last != guessed_last:
+            k, v = _block(k_base, k_s, k_at, v_base, v_s, v_at, first, last, keys, dims, cols, D, D_PADDED, U, U_PADDED)
+        top, norm, out = _attend(q, k, v, keys < last - first, scale, softcap, top, norm, out, CAPPED)
+        begin += BLOCK
+    for start in tl.range(begin, last, BLOCK, num_stages=STAGES):
+        k, v = _block(k_base, k_s, k_at, v_base, v_s, v_at, start, last, keys, dims, cols, D, D_PADDED, U, U_PADDED)
         if WIDE:
             k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if CAPPED:  # tanh(x) = 2 sigmoid(2 x) - 1
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-        scores = tl.where(inside[None, :], scores * 1.4426950408889634, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        norm = norm * shrink + tl.sum(weights, 1)
-        top = new_top
+        top, norm, out = _attend(q, k, v, keys < last - start, scale, softcap, top, norm, out, CAPPED)
     seen = norm > 0  # without keys the log-sum is -inf and the output 0, never NaN
     norm = tl.where(seen, norm, 1.0)
     lse = tl.where(seen, top + tl.log2(norm), float("-inf"))
@@ -128,6 +121,43 @@ def merge(
     at = out_ptr + sequence * out_b + row % heads * out_h + cols
     tl.store(at, (out / norm).to(out_ptr.dtype.element_ty), mask=cols < U)
     tl.store(sum_ptr + row + tl.arange(0, 1), lse * 0.6931471805599453)
+
+
+@triton.jit
+def _block(
+    k_base, k_s, k_at, v_base, v_s, v_at, start, last, keys, dims, cols,
+    D: tl.constexpr, D_PADDED: tl.constexpr, U: tl.constexpr, U_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values from `start` on, 0 from `last` on."""
+    inside, far = keys < last - start, tl.cast(start, tl.int64)
+    k = tl.load(k_base + far * k_s + k_at, mask=_within(inside, dims, D, D_PADDED), other=0.0)
+    v = tl.load(v_base + far * v_s + v_at, mask=_within(inside, cols, U, U_PADDED), other=0.0)
+    return k, v
+
+
+@triton.jit
+def _attend(q, k, v, inside, scale, softcap, top, norm, out, CAPPED: tl.constexpr):
+    """The running maximum, sum and output with one block more."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if CAPPED:  # tanh(x) = 2 sigmoid(2 x) - 1
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+    scores = tl.where(inside[None, :], scores * 1.4426950408889634, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return new_top, norm * shrink + tl.sum(weights, 1), out
+
+
+@triton.jit
+def _share(position, split, splits, least, window, at_first, at_stride, SEVERAL: tl.constexpr):
+    """The first and behind the last key of a split, and how many splits have any."""
+    oldest, length = _visible(position, window, at_first, at_stride)
+    each, active = length - oldest, 1
+    if SEVERAL:
+        each, active = _division(length - oldest, splits, least)
+    first = oldest + split * each
+    return first, tl.minimum(first + each, length), active
 
 
 @triton.jit

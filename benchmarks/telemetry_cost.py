@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from headgrid.experiment import folder, machine, plan, worker
+from headgrid.experiment import folder, machine, plan, stopwatch, worker
 from headgrid.experiment.design import Design, from_dict
 from headgrid.experiment.records import BlockKey
 from headgrid.experiment.stats import throughput_ratio
@@ -42,8 +42,8 @@ def measure(rank: int, ranks: int, payload: dict[str, Any]) -> None:
         for on in draw.sample((True, False), 2):
             if rank == 0 and payload["sampler"]:
                 os.kill(payload["sampler"], signal.SIGCONT if on else signal.SIGSTOP)
-            _, prefill_s = worker._timed(launch, lambda: engine.prefill(launch.prompts))
-            _, decode_s = worker._timed(launch, lambda: engine.decode(design.workload.decode_steps))
+            _, prefill_s = stopwatch.timed(launch.device, lambda: engine.prefill(launch.prompts))
+            _, decode_s = stopwatch.timed(launch.device, lambda: engine.decode(design.workload.decode_steps))
             rows.append({"pair": pair, "on": on, "prefill": max(prefill_s), "decode": max(decode_s)})
     if rank == 0:
         Path(payload["out"]).write_text(json.dumps(rows))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -126,7 +127,7 @@ def _subtitle(design: Json, summary: Json) -> str:
         work["dtype"],
         design["device"],
         design["created"],
-        summary["run"],
+        PurePath(summary["run"] or "").name,  # a page travels; where it was made is nobody else's
     ]
     return " · ".join(fmt.plain(part) for part in parts if part)
 

@@ -26,20 +26,24 @@ def suits(model: ModelSpec, layout: Layout, sequences: int, element_bytes: int) 
     return plain and small and element_bytes <= 4 and layout.tp > 1 and not layout.tp & (layout.tp - 1)
 
 
-def shuffles(model: ModelSpec, layout: Layout) -> bool:
-    """Whether the exchange goes that way, too: that of `batch`, of whole heads' slices of one width without norms."""
+def exchanges(model: ModelSpec, layout: Layout) -> bool:
+    """Whether the exchange goes that way, too: `batch` or `sequence`, of slices of one width without norms of heads."""
     shards = [head_shard(model, layout, 0, j) for j in range(layout.num_dim_slices)]
     even = len({width for shard in shards for width in (shard.qk_width, len(shard.v_channels))}) == 1
-    return layout.exchange == "batch" and even and not model.qk_norm
+    return layout.exchange in ("batch", "sequence") and even and not model.qk_norm
 
 
-def _shuffle_elements(model: ModelSpec, layout: Layout, micro_batch: MicroBatch, head_group: int) -> int:
-    """Elements of one decode micro-batch's exchange: a slice's projections of all its sequences, and whole heads'
-    outputs of the most sequences that a slice has.
+def _exchange_bytes(
+    model: ModelSpec, layout: Layout, micro_batch: MicroBatch, head_group: int, element_bytes: int
+) -> int:
+    """Of one decode micro-batch: a slice's projections of all its sequences, and whole heads' outputs; with `batch` of
+    the most sequences that a slice has, with `sequence` of all, in fp32, and with their log-sum-exps.
     """
-    shard, most = head_shard(model, layout, head_group, 0), max(map(len, micro_batch.parts))
-    whole = len(shard.heads) * len(shard.v_channels) * layout.num_dim_slices
-    return micro_batch.size * shard.row_width + most * whole
+    shard, b = head_shard(model, layout, head_group, 0), micro_batch.size
+    whole, sent_bytes = len(shard.v_channels) * layout.num_dim_slices, b * shard.row_width * element_bytes
+    if layout.exchange == "sequence":
+        return sent_bytes + b * len(shard.heads) * (whole + 1) * 4
+    return sent_bytes + max(map(len, micro_batch.parts)) * len(shard.heads) * whole * element_bytes
 
 
 def peers_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int) -> int:
@@ -53,5 +57,5 @@ def peers_bytes(model: ModelSpec, layout: Layout, workload: Workload, rank: int)
     most = max((mb.size for mb in plan), default=0)
     if not suits(model, layout, most, e):
         return 0
-    exchanged = (_shuffle_elements(model, layout, mb, at.head_group) for mb in {*plan} if shuffles(model, layout))
-    return (ROOMS * most * model.hidden_size + sum(exchanged)) * e
+    exchanged = (_exchange_bytes(model, layout, mb, at.head_group, e) for mb in {*plan} if exchanges(model, layout))
+    return ROOMS * most * model.hidden_size * e + sum(exchanged)

@@ -146,12 +146,20 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, k
     A query that sees none of them gets 0 and -inf. `merge` puts parts together (Milakov, Gimelshein 2018).
     """
     if queries.decoding and q.is_cuda and q.dtype != torch.float64:
-        options = {"window": rule.window, "softcap": rule.softcap, "first": keys.first, "stride": keys.stride}
-        return split_kv.decode(q, k, v, queries.at, rule.scale, **options, part=True)
+        return attend_part_one(q, k, v, queries, rule, keys)
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
     _by_blocks(q, k, v, queries, rule, keys, out, lse)
     return out, lse
+
+
+def attend_part_one(
+    q: Tensor, k: Tensor, v: Tensor, queries: Queries, rule: Rule, keys: Keys, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend_part` for one query of each sequence on a GPU, to `into` where that is given: [b, 1, H, u], [b, 1, H]."""
+    options = {"window": rule.window, "softcap": rule.softcap, "first": keys.first, "stride": keys.stride}
+    out, lse = into or (None, None)
+    return split_kv.decode(q, k, v, queries.at, rule.scale, **options, part=True, out=out, lse=lse)
 
 
 def merge(outs: Tensor, lses: Tensor) -> Tensor:

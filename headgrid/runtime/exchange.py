@@ -52,6 +52,11 @@ class Core:
         assert self.cache is not None
         attention.attend_one(q, *self.cache, self.queries, self.rule, out)
 
+    def attend_kept(self, q: Tensor, keys: Keys, into: tuple[Tensor, Tensor]) -> None:
+        """The same to a cache of the positions `keys` only: q [b, 1, H, d] -> wide [b, 1, H, u] and sums [b, 1, H]."""
+        assert self.cache is not None
+        attention.attend_part_one(q, *self.cache, self.queries, self.rule, keys, into)
+
 
 @dataclass(frozen=True, slots=True)
 class Slices:

@@ -1,18 +1,20 @@
 """Decode's small collectives as loads from the memory of the other GPUs of a host, within the kernels that need them.
 
-A sum over ranks, the residual's addition and the next norm are one kernel, and so are each all-to-all of the exchange
-`batch` with the copies around it. NCCL takes 10 to 14 us for each of these sums and exchanges, whatever is sent, and
-every kernel around them 2 more: together half of a layer's time when the cache is small. Sums are made in fp32, of fp16
-too, which PyTorch's own symmetric-memory reductions refuse.
+A sum over ranks, the residual's addition and the next norm are one kernel, and so are each collective of the exchanges
+`batch` and `sequence` with the copies, the cache write or the merging around it. NCCL takes 10 to 14 us for each of
+these sums and exchanges, whatever is sent, and every kernel around them 2 more: together half of a layer's time when
+the cache is small. Sums are made in fp32, of fp16 too, which PyTorch's own symmetric-memory reductions refuse.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headgrid.layout.batching import MicroBatch
-from headgrid.layout.peers import ROOMS, shuffles, suits
+from headgrid.layout.peers import ROOMS, exchanges, suits
+from headgrid.runtime.attention import Keys
 from headgrid.runtime.collectives import Axis
 from headgrid.runtime.exchange import Core, Slices
 from headgrid.runtime.hidden import Hidden
@@ -109,7 +111,7 @@ class Shuffle:
         out = q.new_empty(len(self.owners), heads * u)
         _kernels().to_channels[(len(out),)](
             *self.window.pointers, out, self.owners, self.places, self.attended.storage_offset(), heads,
-            D=u * axis.size, **self._constants(u),
+            D=u * axis.size, **_constants(axis, u),
         )  # fmt: skip
         return axis.done(issued, out)
 
@@ -122,25 +124,67 @@ class Shuffle:
         _kernels().to_rows[(self.most,)](
             *self.window.pointers, q, k, v, core.queries.at, self.first, self.mine,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), slices.heads, slices.kv_heads,
-            D=q.shape[3], **self._constants(w),
+            D=q.shape[3], **_constants(self.window.axis, w),
         )  # fmt: skip
         return q
 
-    def _constants(self, width: int) -> dict[str, int]:
-        """What the kernels are compiled for, for slices of this width."""
-        block = power_of_two(width)
-        return {
-            "RANK": self.window.axis.index,
-            "SIZE": self.window.axis.size,
-            "W": width,
-            "W_BLOCK": block,
-            "HEADS": max(1, min(32, 2048 // block)),
-            "num_warps": 4,
-        }
+
+class Spread:
+    """The exchange `sequence` of one decode micro-batch: every slice gets all channels and attends with all queries to
+    the positions that it keeps; then each merges its channels from all slices' parts.
+    """
+
+    def __init__(self, axis: Axis, micro_batch: MicroBatch, slices: Slices, dtype: torch.dtype, device: torch.device):
+        """Collective over `axis`, whose slices are all of the same width."""
+        self.slices, b, width = slices, micro_batch.size, slices.row_widths[0]
+        self.window = Window(axis, b * width, dtype, device)
+        self.projections = self.window.local.view(b, width)
+        whole = b * slices.heads * sum(slices.v_widths)
+        self.parts = Window(axis, whole + b * slices.heads, torch.float32, device)
+        self.attended = self.parts.local[:whole].view(b, 1, slices.heads, -1)
+        self.sums = self.parts.local[whole:].view(b, 1, slices.heads)
+
+    def __call__(self, core: Core) -> Tensor:
+        """From `projections` [b, ...] of this slice to its channels of the attention output [b, H u]."""
+        axis, heads, u, others = self.window.axis, self.slices.heads, self.slices.v_widths[0], self.window.axis.size - 1
+        issued = axis.issue("all_gather", others * self.window.local.nbytes)
+        q = self._to_all(core)
+        axis.done(issued, q)
+        core.attend_kept(q, Keys(axis.index, axis.size), (self.attended, self.sums))
+        issued = axis.issue("all_to_all", others * len(q) * heads * (u + 1) * self.sums.element_size())
+        out = q.new_empty(len(q), heads * u)
+        _kernels().merge_parts[(len(q),)](
+            *self.parts.pointers, out, self.attended.numel(), heads, D=u * axis.size, **_constants(axis, u)
+        )
+        return axis.done(issued, out)
+
+    def _to_all(self, core: Core) -> Tensor:
+        """The queries [b, 1, H, d] of all sequences; their keys and values go into the cache where this slice keeps
+        their position.
+        """
+        slices, b = self.slices, len(self.projections)
+        q = self.projections.new_empty(b, 1, slices.heads, sum(slices.qk_widths))
+        assert core.cache is not None
+        k, v = core.cache
+        _kernels().to_all[(b,)](
+            *self.window.pointers, q, k, v, core.queries.at, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            slices.heads, slices.kv_heads, D=q.shape[3], **_constants(self.window.axis, slices.qk_widths[0]),
+        )  # fmt: skip
+        return q
+
+
+def _constants(axis: Axis, width: int) -> dict[str, int]:
+    """What the kernels of exchanges are compiled for, for slices of this width."""
+    block, heads = power_of_two(width), 2048 // power_of_two(width)
+    sizes = {"RANK": axis.index, "SIZE": axis.size, "W": width, "W_BLOCK": block}
+    return sizes | {"HEADS": max(1, min(32, heads)), "num_warps": 4}
+
+
+_EXCHANGES: dict[str, Callable[..., Shuffle | Spread]] = {"batch": Shuffle, "sequence": Spread}
 
 
 class DirectStage(Stage):
-    """A stage that decodes with its collectives in `Sums` and, where it may, in `Shuffle`."""
+    """A stage that decodes with its collectives in `Sums` and, where it may, in `Shuffle` or `Spread`."""
 
     def __init__(self, stage: Stage, plan: tuple[MicroBatch, ...]) -> None:
         """The stage's weights and cache; collective over the ranks that share its layers. See `direct_stage`."""
@@ -149,10 +193,11 @@ class DirectStage(Stage):
         )
         tokens = max(mb.size for mb in plan)
         self.sums = Sums(self.mesh.tp, tokens, self.model, self.dtype, self.device)
-        self.shuffles: dict[MicroBatch, Shuffle] = {}
-        if shuffles(self.model, self.layout) and tokens <= self.sums.window.blocks:
+        self.exchanges: dict[MicroBatch, Shuffle | Spread] = {}
+        if exchanges(self.model, self.layout) and tokens <= self.sums.window.blocks:
+            make = _EXCHANGES[self.layout.exchange]
             for mb in plan:
-                self.shuffles[mb] = Shuffle(self.mesh.tp_slice, mb, self.slices, self.dtype, self.device)
+                self.exchanges[mb] = make(self.mesh.tp_slice, mb, self.slices, self.dtype, self.device)
         self._room: int | None = None
 
     def apply(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> None:
@@ -182,12 +227,12 @@ class DirectStage(Stage):
 
     def _attended(self, layer: Layer, index: int, hidden: Hidden, call: StageCall) -> Tensor:
         """Attention before W_O: [T, H u]."""
-        shuffle = self.shuffles.get(call.micro_batch)
-        if shuffle is None:
+        exchange = self.exchanges.get(call.micro_batch)
+        if exchange is None:
             return super()._attended(layer, index, hidden, call)
-        linear_into(shuffle.projections, self._before(hidden, layer.attention_norm, call), *layer.qkv)
-        self._positioned(shuffle.projections.unsqueeze(1), layer, index, call)
-        return shuffle(self._core(index, call))
+        linear_into(exchange.projections, self._before(hidden, layer.attention_norm, call), *layer.qkv)
+        self._positioned(exchange.projections.unsqueeze(1), layer, index, call)
+        return exchange(self._core(index, call))
 
 
 def direct_stage(stage: Stage, plan: tuple[MicroBatch, ...]) -> DirectStage | None:

@@ -12,9 +12,12 @@ from torch import Tensor
 from headgrid.layout.layout import parse_layout
 from headgrid.layout.memory import cache_shape
 from headgrid.layout.traffic import Collective, decode_collectives, prefill_collectives
+from headgrid.runtime import attention
+from headgrid.runtime.attention import Keys
 from headgrid.runtime.cache import new_arena
 from headgrid.runtime.collectives import Recorder
 from headgrid.runtime.engine import Engine
+from headgrid.runtime.exchange import Core
 from headgrid.runtime.layer import load
 from headgrid.runtime.mesh import GroupPool, Mesh
 from headgrid.runtime.peers import Sums
@@ -69,6 +72,8 @@ def run_direct(rank: int, ranks: int, payload: dict[str, Any]) -> None:
         found = {"collectives": _generate(PLAIN, text, pool, direct=False), "peers": _generate(PLAIN, text, pool)}
         with patch.object(Sums, "put", _other_room):
             found["fault"] = _generate(PLAIN, text, pool)
+        with patch.object(Core, "attend_kept", _unweighted):
+            found["unweighted"] = _generate(PLAIN, text, pool)
         torch.save(found, Path(payload["folder"]) / f"{k}.{rank}.pt")
 
 
@@ -87,6 +92,12 @@ def run_cold(rank: int, ranks: int, payload: dict[str, Any]) -> None:
 
 def _other_room(self: Sums, room: int, x: Tensor, weight: Tensor, tokens: int) -> None:
     torch.mm(x, weight.t(), out=self.rooms[1 - room, :tokens])
+
+
+def _unweighted(self: Core, q: Tensor, keys: Keys, into: tuple[Tensor, Tensor]) -> None:
+    """Every slice's part counts alike, whatever its keys weigh."""
+    attention.attend_part_one(q, *self.cache, self.queries, self.rule, keys, into)  # type: ignore[misc]
+    into[1].zero_()
 
 
 def _weights(model: ModelSpec, text: str, rank: int) -> dict[str, Tensor]:

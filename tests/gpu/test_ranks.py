@@ -68,10 +68,13 @@ def test_decode_through_peers(text: str, direct: dict[str, list[dict[str, Any]]]
         assert rank["collectives"]["as_predicted"]
         assert rank["peers"]["as_predicted"]
         if rank["peers"]["last"]:
-            truth, found, fault = (rank[way]["logits"] for way in ("collectives", "peers", "fault"))
+            truth, found, fault, other = (
+                rank[way]["logits"] for way in ("collectives", "peers", "fault", "unweighted")
+            )
             assert torch.equal(rank["collectives"]["tokens"], rank["peers"]["tokens"])
             assert relative_error(found, truth) < 2e-6
             assert (relative_error(fault, truth) > 0.1) == (text != "pp2")
+            assert (relative_error(other, truth) > 0.01) == (text == "n1m2:sequence")
 
 
 @pytest.mark.timeout(120)

@@ -24,6 +24,8 @@ NAMES: dict[str, set[str] | None] = {
     "sum_add_norm": {"all_reduce"},
     "to_rows": {"all_to_all"},
     "to_channels": {"all_to_all"},
+    "to_all": {"all_gather"},
+    "merge_parts": {"all_to_all"},
     "Memcpy DtoD (Device -> Device)": None,
     "Memset (Device)": None,
     "split_kv": None,

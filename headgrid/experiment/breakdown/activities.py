@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-PEERS = {"sum_add_norm": "all_reduce", "to_rows": "all_to_all", "to_channels": "all_to_all"}
+PEERS = {
+    "sum_add_norm": "all_reduce",
+    "to_rows": "all_to_all",
+    "to_channels": "all_to_all",
+    "to_all": "all_gather",
+    "merge_parts": "all_to_all",
+}
 """Kernels that load from the memory of other ranks, and the collective that each is reported as."""
 _PEERS = re.compile(rf"({'|'.join(PEERS)})(_\d\w*)?$")
 _NCCL = re.compile(r"(?:void )?nccl\w*?Kernel_?(\w*)")

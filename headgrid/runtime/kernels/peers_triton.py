@@ -91,19 +91,41 @@ def to_rows(
 ):  # fmt: skip
     """Program (own sequence): its query from all slices, its key and value into the cache at its position."""
     meet(signals, RANK, SIZE)
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     if row < rows:
-        pointers = buffers.to(tl.pointer_type(tl.uint64))
-        sequence = row.to(tl.int64)
-        position = tl.load(position_ptr + sequence)
-        key = k_ptr + sequence * k_b + position * k_s
-        value = v_ptr + sequence * v_b + position * v_s
-        width = (heads + 2 * kv_heads) * W
-        for rank in tl.static_range(SIZE):
-            base = tl.load(pointers + rank).to(tl.pointer_type(q_ptr.dtype.element_ty))
-            source = base + (first_row + sequence) * width
-            own = rank * W  # this slice's columns of a whole head
-            copy_heads(source, q_ptr + sequence * heads * D + own, heads, W, D, W, W_BLOCK, HEADS)
+        position = tl.load(position_ptr + row)
+        key, value = k_ptr + row * k_b + position * k_s, v_ptr + row * v_b + position * v_s
+        join(buffers, first_row + row, row, q_ptr, key, value, True, heads, kv_heads, SIZE, D, W, W_BLOCK, HEADS)
+
+
+@triton.jit
+def to_all(
+    buffers, signals, q_ptr, k_ptr, v_ptr, position_ptr, k_b, k_s, v_b, v_s, heads, kv_heads,
+    RANK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence): its query from all slices; its key and value into the cache of the rank that keeps their
+    position, which is each `SIZE`-th.
+    """
+    meet(signals, RANK, SIZE)
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + row)
+    slot, kept = position // SIZE, position % SIZE == RANK
+    key, value = k_ptr + row * k_b + slot * k_s, v_ptr + row * v_b + slot * v_s
+    join(buffers, row, row, q_ptr, key, value, kept, heads, kv_heads, SIZE, D, W, W_BLOCK, HEADS)
+
+
+@triton.jit
+def join(buffers, theirs, row, q_ptr, key, value, kept, heads, kv_heads, SIZE: tl.constexpr, D: tl.constexpr,
+         W: tl.constexpr, W_BLOCK: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    """Row `theirs` of all slices' buffers: whole heads of queries to `row`, of keys and values where `kept`."""
+    pointers = buffers.to(tl.pointer_type(tl.uint64))
+    width = (heads + 2 * kv_heads) * W
+    for rank in tl.static_range(SIZE):
+        source = tl.load(pointers + rank).to(tl.pointer_type(q_ptr.dtype.element_ty)) + theirs * width
+        own = rank * W  # this slice's columns of a whole head
+        copy_heads(source, q_ptr + row * heads * D + own, heads, W, D, W, W_BLOCK, HEADS)
+        if kept:
             copy_heads(source + heads * W, key + own, kv_heads, W, D, W, W_BLOCK, HEADS)
             copy_heads(source + (heads + kv_heads) * W, value + own, kv_heads, W, D, W, W_BLOCK, HEADS)
 
@@ -121,3 +143,36 @@ def to_channels(
     base = tl.load(buffers.to(tl.pointer_type(tl.uint64)) + owner).to(tl.pointer_type(out_ptr.dtype.element_ty))
     source = base + offset + place * heads * D + RANK * W
     copy_heads(source, out_ptr + row * heads * W, heads, D, W, W, W_BLOCK, HEADS)
+
+
+@triton.jit
+def merge_parts(
+    buffers, signals, out_ptr, sums_at, heads,
+    RANK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence): this slice's channels [heads, W] of attention to all keys, from what each rank has of its own
+    keys: outputs [heads, D] at the start of the buffer, their log-sum-exps [heads] at `sums_at`, all in fp32.
+
+    As `attention.merge`: a part with -inf counts nothing, and the ranks are added in their order.
+    """
+    meet(signals, RANK, SIZE)
+    pointers = buffers.to(tl.pointer_type(tl.uint64))
+    row, cols = tl.program_id(0).to(tl.int64) * heads, tl.arange(0, W_BLOCK)
+    for start in range(0, heads, HEADS):
+        mine = start + tl.arange(0, HEADS)
+        inside = (mine[:, None] < heads) & (cols[None, :] < W)
+        top = tl.full([HEADS], -3.0e38, tl.float32)  # finite: -inf less -inf is NaN
+        for rank in tl.static_range(SIZE):
+            sums = tl.load(pointers + rank).to(tl.pointer_type(tl.float32)) + sums_at + row
+            top = tl.maximum(top, tl.load(sums + mine, mask=mine < heads, other=float("-inf")))
+        norm = tl.zeros([HEADS], tl.float32)
+        out = tl.zeros([HEADS, W_BLOCK], tl.float32)
+        for rank in tl.static_range(SIZE):
+            base = tl.load(pointers + rank).to(tl.pointer_type(tl.float32))
+            part = base + (row + mine[:, None]) * D + RANK * W + cols[None, :]
+            weight = tl.exp(tl.load(base + sums_at + row + mine, mask=mine < heads, other=float("-inf")) - top)
+            out += weight[:, None] * tl.load(part, mask=inside, other=0.0)
+            norm += weight
+        out = out / tl.where(norm > 0, norm, 1.0)[:, None]
+        tl.store(out_ptr + (row + mine[:, None]) * W + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)

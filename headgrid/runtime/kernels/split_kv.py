@@ -85,21 +85,25 @@ def decode(
     stride: int = 1,
     part: bool = False,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
     launch: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [b, 1, H, d], k_cache [b, S, K, d], v_cache [b, S, K, u], positions int64 [b] of the queries.
 
     Key t stands at position `first` + `stride` t; those up to a query's own position are attended to, or the last
     `window` of these. Returns [b, 1, H, u] and the natural log-sum-exp [b, 1, H] in fp32; as a `part` the former is
-    fp32 too, and 0 with -inf where no key is seen. The former is `out` where that is given, which has this shape and
-    dtype. Any d and u up to 256, any number of query heads for each KV head; strides may be any with a dense last dim.
+    fp32 too, and 0 with -inf where no key is seen. They are `out` and (contiguous) `lse` where these are given, which
+    have these shapes and dtypes. Any d and u up to 256, any number of query heads for each KV head; strides may be any
+    with a dense last dim.
     """
     (b, _, heads, d), kv_heads, u = q.shape, k_cache.shape[2], v_cache.shape[3]
     shape, dtype = (b, 1, heads, u), torch.float32 if part else q.dtype
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=q.device)
     assert out.shape == shape and out.dtype == dtype and out.stride(3) == 1, (out.shape, out.dtype, out.stride())
-    lse = torch.empty(b, 1, heads, dtype=torch.float32, device=q.device)
+    if lse is None:
+        lse = torch.empty(b, 1, heads, dtype=torch.float32, device=q.device)
+    assert lse.shape == (b, 1, heads) and lse.dtype == torch.float32 and lse.is_contiguous(), (lse.shape, lse.dtype)
     if b:
         group, chip = heads // kv_heads, _chip(q.device)
         how = launch or plan(

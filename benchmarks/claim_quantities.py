@@ -25,7 +25,7 @@ from headgrid.spec.model import find_model
 from headgrid.spec.workload import Workload
 
 Spec = Mapping[str, Any]
-_WATCHED = ("role", "collective", "sent")
+_WATCHED = ("role", "step", "collective", "sent")
 """Keys of quantities from a pass of its own beside the timed blocks."""
 
 
@@ -181,6 +181,7 @@ class Quantities(Mapping[str, Figure]):
             "code": _contaminated,
             "counter": _sampled,
             "role": _broken_down,
+            "step": _step,
             "variation": _varied,
             "over": _compared,
         }
@@ -226,11 +227,19 @@ def _broken_down(run: Run, spec: Spec) -> Figure:
     """A figure of one step's calls of one role. Raises ValueError if it is not known."""
     step = _only(run.breakdown(), label=spec["arm"], phase=spec["phase"])
     wanted = {key: spec[key] for key in ("role", "collective") if key in spec}
-    value = at(_only(step["calls"], **wanted), spec["part"])
-    if value is None:
-        raise ValueError(f"{run.name}: {spec['part']} of {spec['role']} in {spec['arm']} is not known")
-    where = f"`{spec['arm']}`, {spec['phase']}, breakdown: {', '.join(wanted.values())}: {spec['part']} of a step"
-    return Figure(value, None, where)
+    return _of_step(run, spec, _only(step["calls"], **wanted), spec["part"], f"{', '.join(wanted.values())}: ")
+
+
+def _step(run: Run, spec: Spec) -> Figure:
+    """A part of one step, mean over ranks. Raises ValueError if it is not known."""
+    step = _only(run.breakdown(), label=spec["arm"], phase=spec["phase"])
+    return _of_step(run, spec, step, spec["step"], "")
+
+
+def _of_step(run: Run, spec: Spec, row: Mapping[str, Any], part: str, of: str) -> Figure:
+    if row[part] is None:
+        raise ValueError(f"{run.name}: {of}{part} of {spec['arm']} is not known")
+    return Figure(row[part], None, f"`{spec['arm']}`, {spec['phase']}, breakdown: {of}{part} of a step")
 
 
 def _varied(run: Run, spec: Spec) -> Figure:

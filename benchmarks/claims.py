@@ -7,22 +7,16 @@ predictions and from constants that name their source. Nothing measured is typed
 
 import argparse
 import ast
-import json
 import math
 import operator
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from headgrid.experiment import budget, journal, stats
-from headgrid.layout.flops import model_flops
-from headgrid.layout.layout import Layout, parse_layout
-from headgrid.layout.memory import parameters_bytes
-from headgrid.spec.model import find_model
-from headgrid.spec.workload import Workload
+from claim_quantities import Figure, Quantities, at
 
 HERE = Path(__file__).parent
 CLAIMS, PAGE = HERE / "seed_claims.toml", HERE.parent / "docs" / "seed-claims.md"
@@ -42,15 +36,6 @@ HOLDS: dict[str, Callable[[float, float, float], bool]] = {
 WORDS = {"<=": "at most", ">=": "at least", "==": "equal to"}
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number with its 95 % interval, where it has one, and where it comes from."""
-
-    value: float
-    ci95: tuple[float, float] | None = None
-    source: str = ""
-
-
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
 _OPERATORS: dict[type, tuple[Callable[[float, float], float], str, int]] = {
@@ -60,13 +45,13 @@ _OPERATORS: dict[type, tuple[Callable[[float, float], float], str, int]] = {
     ast.Div: (operator.truediv, "/", 2),
     ast.Pow: (operator.pow, "^", 3),
 }
-_FUNCTIONS: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "abs": abs}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"sqrt": math.sqrt, "abs": abs, "max": max}
 
 
 def compute(formula: str, known: Mapping[str, Figure]) -> Figure:
     """The formula's value. With one uncertain quantity, in which it is monotone, its interval is passed through."""
     tree = ast.parse(formula, mode="eval").body
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & known.keys()
+    names = named(formula, known)
     uncertain = [name for name in names if known[name].ci95]
     value = _value(tree, known)
     halves = any(isinstance(node, ast.Name) and node.id == "half" for node in ast.walk(tree))
@@ -74,6 +59,12 @@ def compute(formula: str, known: Mapping[str, Figure]) -> Figure:
         return Figure(value)
     ends = [_value(tree, {**known, uncertain[0]: Figure(end)}) for end in known[uncertain[0]].ci95 or ()]
     return Figure(value, (min(ends), max(ends)))
+
+
+def named(formula: str, known: Mapping[str, Figure]) -> list[str]:
+    """The quantities that the formula names, in its order."""
+    every = ast.walk(ast.parse(formula, mode="eval"))
+    return list(dict.fromkeys(node.id for node in every if isinstance(node, ast.Name) and node.id in known))
 
 
 def _value(node: ast.expr, known: Mapping[str, Figure]) -> float:
@@ -86,8 +77,8 @@ def _value(node: ast.expr, known: Mapping[str, Figure]) -> float:
             return _OPERATORS[type(op)][0](_value(left, known), _value(right, known))
         case ast.Call(func=ast.Name(id="half"), args=[ast.Name(id=name)]):
             return half_width(known[name])
-        case ast.Call(func=ast.Name(id=name), args=[argument]):
-            return _FUNCTIONS[name](_value(argument, known))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return _FUNCTIONS[name](*(_value(argument, known) for argument in arguments))
     raise ValueError(f"no arithmetic: {ast.unparse(node)}")
 
 
@@ -109,8 +100,8 @@ def _written(node: ast.expr, known: Mapping[str, Figure], outer: int) -> str:
             _, sign, level = _OPERATORS[type(op)]
             text = f"{_written(left, known, level)} {sign} {_written(right, known, level + (sign in '-/'))}"
             return f"({text})" if level < outer else text
-        case ast.Call(func=ast.Name(id=name), args=[argument]):
-            return f"{name}({_written(argument, known, 0)})"
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return f"{name}({', '.join(_written(argument, known, 0) for argument in arguments)})"
     return number(_value(node, known))
 
 
@@ -122,100 +113,6 @@ def number(value: float) -> str:
     decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
     text = f"{value:,.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-# --- quantities -------------------------------------------------------------------------------------------------------
-
-
-class Quantities(Mapping[str, Figure]):
-    """The figures that formulas may name, looked up when they are asked for. Raises KeyError for any other."""
-
-    def __init__(self, claims: Mapping[str, Any], runs: Path) -> None:
-        self._specs, self._runs = claims["quantities"], runs
-        self.model, self.workload = find_model(claims["model"]), Workload(**claims["workload"])
-        self.summary = cache(self._summary)
-        self._figure = cache(self._find)
-
-    def __getitem__(self, name: str) -> Figure:
-        return self._figure(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
-
-    def _find(self, name: str) -> Figure:
-        spec = self._specs[name]
-        if "run" in spec:
-            return self._measured(spec)
-        if "layout" in spec:
-            found = budget.worst(self.model, parse_layout(spec["layout"]), self.workload)
-            source = f"predicted: `{spec['layout']}`, {spec['figure']} of the fullest rank"
-            return Figure(getattr(found, spec["figure"]), None, source)
-        if "model" in spec:
-            return Figure(self._of_model(spec["model"]), None, f"model `{self.model.name}`: {spec['model']}")
-        if "workload" in spec:
-            return Figure(getattr(self.workload, spec["workload"]), None, "the seed experiment's workload")
-        return Figure(spec["value"], None, spec["source"])
-
-    def _of_model(self, name: str) -> float:
-        if name == "parameters":
-            return parameters_bytes(self.model, Layout(), 0, 1)
-        if name == "flops_per_token":  # causal attention counted half
-            return model_flops(self.model, self.workload) / (self.workload.batch * self.workload.seq)
-        return getattr(self.model, name)
-
-    def records(self, run: str) -> list[dict[str, Any]]:
-        return journal.read(self._runs / run / "journal.jsonl")
-
-    def document(self, run: str, name: str) -> dict[str, Any]:
-        return json.loads((self._runs / run / f"{name}.json").read_text())
-
-    def _summary(self, run: str) -> dict[str, Any]:
-        return stats.summarise(self.document(run, "design"), self.records(run))
-
-    def _measured(self, spec: Mapping[str, Any]) -> Figure:
-        run = spec["run"]
-        if "distinct" in spec:
-            found = {r[spec["distinct"]] for r in self.records(run) if r["kind"] == "launch"}
-            return Figure(len(found), None, f"{run}: distinct {spec['distinct']}")
-        if "environment" in spec:
-            gpus = self.document(run, "env")["gpus"]
-            return Figure(sum(gpu[spec["environment"]] for gpu in gpus), None, f"{run}: {spec['environment']}")
-        summary, where = self.summary(run), f"{run}: `{spec['arm']}`"
-        if "over" in spec:
-            key = (spec["arm"], spec["over"], spec["phase"])
-            row = next(row for row in summary["comparisons"] if (row["a"], row["b"], row["phase"]) == key)
-            where += f" / `{spec['over']}`, {spec['phase']}"
-            if "figure" in spec:
-                return Figure(_path(row, spec["figure"]), None, f"{where}, {spec['figure']}")
-            return Figure(row["ratio"], tuple(row["ci95"]), f"{where}, throughput ratio")
-        arm = next(arm for arm in summary["arms"] if arm["label"] == spec["arm"])
-        if "phase" in spec:
-            return _traffic(arm, spec, where)
-        value = _path(arm, spec["figure"])
-        if isinstance(value, dict):
-            return Figure(value["mean"], tuple(value["ci95"]), f"{where}, {spec['figure']}")
-        return Figure(value, None, f"{where}, {spec['figure']}")
-
-
-def _traffic(arm: Mapping[str, Any], spec: Mapping[str, Any], where: str) -> Figure:
-    """A figure of one collective of a phase, or the bytes that all of some kinds have to send."""
-    ops = [op for op in arm["traffic"] if op["phase"] == spec["phase"]]
-    if "sent" in spec:
-        total = sum(op["bytes_per_rank"] for op in ops if op["collective"] in spec["sent"])
-        return Figure(total, None, f"{where}, {spec['phase']}: bytes that a rank sends")
-    op = next(op for op in ops if (op["collective"], op["axis"]) == (spec["collective"], spec["axis"]))
-    source = f"{where}, {spec['phase']}: {spec['collective']} over {spec['axis']}, {spec['figure']}"
-    return Figure(op[spec["figure"]], None, source)
-
-
-def _path(value: Any, path: str) -> Any:
-    """The field at a dotted path; `#` is the length of a list."""
-    for part in path.split("."):
-        value = len(value) if part == "#" else value[int(part)] if part.isdigit() else value[part]
-    return value
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -238,9 +135,17 @@ class Judged:
         return (first, self.evidence[0]) if first.get("judges", True) else None
 
     @property
+    def is_possible(self) -> bool:
+        """Whether all bounds hold. Of those that are `reading`s of an ambiguous claim, one is enough."""
+        listed = zip(self.claim.get("bounds", ()), self.bounds, strict=True)
+        held = [(bound.get("reading", False), holds) for bound, (_, holds) in listed]
+        readings = [holds for reading, holds in held if reading]
+        return all(holds for reading, holds in held if not reading) and (not readings or any(readings))
+
+    @property
     def verdict(self) -> str:
         """Bounds first; then the evidence, equal within TOLERANCE, or on the better or the worse side."""
-        if not all(holds for _, holds in self.bounds):
+        if not self.is_possible:
             return IMPOSSIBLE
         if "verdict" in self.claim:
             return self.claim["verdict"]
@@ -275,15 +180,14 @@ def judge(claim: Mapping[str, Any], known: Mapping[str, Figure]) -> Judged:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(claims: Mapping[str, Any], runs: Path) -> str:
+def page(claims: Mapping[str, Any], known: Quantities) -> str:
     """The whole of docs/seed-claims.md."""
-    known = Quantities(claims, runs)
     judged = [judge(claim, known) for claim in claims["claims"]]
     parts = [_HEAD.format(tolerance=round(100 * TOLERANCE)), _tally(judged)]
     for section in dict.fromkeys(item.claim["section"] for item in judged):
         rows = [_claim_row(item, known) for item in judged if item.claim["section"] == section]
         parts.append(_table(section, ("the seed experiment", "here", "what it must satisfy", "verdict"), rows))
-    parts += [f"## The setting\n\nRun `{claims['setting_run']}`, which most figures above are from."]
+    parts += [f"## The setting\n\nRun `{claims['setting_run']}`, which most figures of 4 GPUs are from."]
     for group in claims["settings"]:
         rows = [_setting_row(row, claims["setting_run"], known) for row in group["rows"]]
         parts.append("#" + _table(group["section"], ("the seed experiment", "here", ""), rows))
@@ -300,10 +204,13 @@ runs come from the journals under `benchmarks/`. "The seed experiment" is the re
 - **reproduced**: the first figure under "here" is within {tolerance} % of it. **beaten**: on its better side.
   **not reproduced**: on its worse side. In brackets, what that rests on where the same thing was not measured:
   *predicted* is from the layout's formulas for 16 ranks, *derived* is computed from measured figures, not counted.
+  What else the brackets say is how far the measured thing is from the claimed one: so many GPUs, and the like.
 - **not tested**: nothing here measures it, or not enough to say so.
 
-Measured figures are from 4 H200 of one host, not 16 H100 of two, so a speed of a GPU compares two kinds of GPU, and
-intervals (in brackets, 95 %) are over blocks of one launch."""
+Nobody here has 16 H100 of two hosts. Figures that were measured or derived are from H200s of one host, 2 or 4 as each
+row says, so a speed of a GPU compares two kinds of GPU. Intervals (in brackets, 95 %) are over blocks of one launch, or
+over launches where the table of quantities says so. `benchmarks/claim_predictions.py` says how times are predicted.
+SUSPECT: the named code marks some of the blocks behind a figure (`run-folder.md` says what each means)."""
 
 
 def _tally(judged: list[Judged]) -> str:
@@ -322,18 +229,27 @@ def _claim_row(item: Judged, known: Quantities) -> tuple[str, ...]:
     words, unit = claim["words"], f" {claim['unit']}" if claim["unit"] else ""
     if not claim["value"].replace(".", "").isdigit():
         words += f": {number(item.value)}{unit}"
-    here = [
-        f"{entry['kind']}: **{number(figure.value)}**{_interval(figure)}{_unit(claim, entry)} {entry['says']}"
-        for entry, figure in zip(claim.get("evidence", ()), item.evidence, strict=True)
-    ]
+    here = [_evidence(*pair, claim, known) for pair in zip(claim.get("evidence", ()), item.evidence, strict=True)]
     here += [claim["because"]] if "because" in claim else []
-    must = []
+    must: list[str] = []
     for bound, (limit, holds) in zip(claim.get("bounds", ()), item.bounds, strict=True):
         failed = "" if holds else f"; **{number(item.value)} is not**"
         sum_ = arithmetic(bound["formula"], known)
         equals = f" = {number(limit)}" if sum_ != number(limit) else ""
-        must.append(f"{WORDS[bound['holds']]} {sum_}{equals}{unit} ({bound['says']}){failed}")
+        either = "or " if must and bound.get("reading") else ""
+        must.append(f"{either}{WORDS[bound['holds']]} {sum_}{equals}{unit} ({bound['says']}){failed}")
     return words, "<br>".join(here), "<br>".join(must), item.shown
+
+
+def _evidence(entry: Mapping[str, Any], figure: Figure, claim: Mapping[str, Any], known: Quantities) -> str:
+    """A figure with its interval, what it is of, its arithmetic where that is to be seen, and the GPUs that gave it."""
+    text = f"{entry['kind']}: **{number(figure.value)}**{_interval(figure)}{_unit(claim, entry)} {entry['says']}"
+    text += f" = {arithmetic(entry['formula'], known)}" if entry.get("arithmetic") else ""
+    figures = [known[name] for name in named(entry["formula"], known)]
+    codes = sorted({code for figure in figures for code in figure.codes})
+    said = list(dict.fromkeys(figure.machine for figure in figures if figure.machine))
+    said += [f"SUSPECT: {', '.join(codes)}"] * bool(codes)
+    return text + (f" ({'; '.join(said)})" if said else "")
 
 
 def _unit(claim: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
@@ -358,8 +274,8 @@ def _setting(path: str, run: str, known: Quantities) -> Any:
     """A field of the run's documents, or the kinds of collectives that an arm issued."""
     document, _, field = path.partition(":")
     if document != "kinds":
-        return _path(known.document(run, document), field)
-    arm = next(arm for arm in known.summary(run)["arms"] if arm["label"] == field)
+        return at(known.run(run).document(document), field)
+    arm = known.run(run).arm(field)
     return ", ".join(sorted({f"{op['collective']} over {op['axis']}" for op in arm["traffic"]}))
 
 
@@ -378,7 +294,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--runs", type=Path, default=HERE)
     arguments = parser.parse_args()
-    arguments.out.write_text(page(tomllib.loads(CLAIMS.read_text(encoding="utf-8")), arguments.runs), encoding="utf-8")
+    claims = tomllib.loads(CLAIMS.read_text(encoding="utf-8"))
+    arguments.out.write_text(page(claims, Quantities(claims, arguments.runs)), encoding="utf-8")
 
 
 if __name__ == "__main__":

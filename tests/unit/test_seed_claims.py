@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from test_scale import runs_of, study_of
 
+from headgrid.experiment.scale import create
 from headgrid.layout.layout import parse_layout
 from headgrid.spec.calibration import read_calibration
 from headgrid.spec.model import find_model
@@ -179,6 +181,22 @@ def test_every_line_and_number_of_the_seed_experiment_is_in_the_ledger(data: dic
     assert missing(text, without) == ["- **NVLink Utilization**: 85% (proposed) vs 70% (baseline)"]
     for line, other in (("0.15ms", "0.16ms"), ("[0.21-0.23]", "[0.21-0.24]"), ("(96 cores each)", "(64 cores each)")):
         assert len(missing(text.replace(line, other), data)) == 1
+
+
+def test_an_efficiency_of_a_study_is_a_quantity(claims: ModuleType, data: dict[str, Any], tmp_path: Path) -> None:
+    study, designs = study_of()
+    path = create(study, designs, {"gpus": [{"name": "NVIDIA H200"}] * 2}, tmp_path)
+    for point, (_, records) in zip(study.points, runs_of(study, designs, noise=0.01), strict=True):
+        journal = "".join(json.dumps(record) + "\n" for record in records)
+        (path / point.run / "journal.jsonl").write_text(journal)
+    spec = {"study": path.name, "family": "tp", "ranks": 2, "mode": "strong", "phase": "prefill"}
+    quantities = {"tp": spec, "other": spec | {"family": "n1m:batch"}}
+    known = claims.Quantities(data | {"quantities": quantities}, tmp_path)
+    assert known["tp"].value == pytest.approx(0.8, rel=0.02) and known["tp"].machine == "2 H200"
+    low, high = known["tp"].ci95
+    assert low < known["tp"].value < high
+    with pytest.raises(LookupError):
+        known["other"]
 
 
 def test_predicted_times_are_those_of_the_formulas(claims: ModuleType) -> None:

@@ -11,7 +11,7 @@ from headgrid.experiment.stats import PHASES
 from headgrid.report import format as fmt
 from headgrid.report import plots
 from headgrid.report.naming import names
-from headgrid.report.tables import NOT_APPLICABLE, Cell, Table
+from headgrid.report.table import NOT_APPLICABLE, Cell, Table
 
 Summary = Mapping[str, Any]
 NAMES = ("compute", "exposed communication", "idle")

@@ -57,8 +57,16 @@ def _share(value: float | None, divisor: int) -> str:
     return fmt.significant(value / divisor, 4) if value is not None else NOT_MEASURED
 
 
-def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table:
-    """What every arm sends in one phase, by collective; `layers` = layers on a rank of each layout."""
+def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table | None:
+    """What every arm sends in one phase, by collective; `layers` = layers on a rank of each layout.
+
+    An arm whose steps were watched has a breakdown that tells more of the same calls (report/breakdown.py), and is left
+    out; None if that are all.
+    """
+    watched = {row["label"] for row in summary.get("breakdown") or () if row["phase"] == phase}
+    arms = [arm for arm in _without_twins(summary) if arm["label"] not in watched]
+    if not arms:
+        return None
     head = (
         "Method",
         "Collective",
@@ -71,14 +79,15 @@ def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table:
         "Time per layer",
         "As predicted",
     )
-    rows = [row for arm in _without_twins(summary) for row in _traffic_rows(arm, phase, layers.get(arm["layout"]))]
+    rows = [row for arm in arms for row in _traffic_rows(arm, phase, layers.get(arm["layout"]))]
     whole = "one prefill of the whole batch" if phase == "prefill" else "one decode step"
     note = (
         f"Calls, bytes and time are for {whole}. Times are those of the slowest rank in a separate, untimed pass; they"
         " include waiting for other ranks and need not add up to a share of the times above. Messages between stages"
         " and weights gathered ahead travel while a rank computes: a time of their own was not measured."
     )
-    return Table(f"Communication breakdown: {phase}", head, rows, note)
+    of = ", arms that were not watched" if watched else ""
+    return Table(f"Communication breakdown: {phase}{of}", head, rows, note)
 
 
 def _traffic_rows(arm: Mapping[str, Any], phase: Phase, layers: int | None) -> Iterator[list[Cell]]:

@@ -97,7 +97,10 @@ def render(
         comparisons=[tables.comparisons(summary, phase, design["margin"]) for phase in PHASES],
         noise=belief.noise_line(summary),
         memory=costs.memory(summary),
-        traffic=[*(costs.traffic(summary, phase, layers) for phase in PHASES), *breakdown.tables(summary)],
+        traffic=[
+            *breakdown.tables(summary, layers),
+            *filter(None, (costs.traffic(summary, phase, layers) for phase in PHASES)),
+        ],
         ceilings=ceilings.table(summary),
         validation=belief.validation(summary, records),
         isolation=conditions.isolation(summary),

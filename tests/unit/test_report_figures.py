@@ -60,6 +60,7 @@ def test_a_row_without_collectives_keeps_the_columns_of_words_flush_left() -> No
     design = make_design(launches=1, blocks=3)
     records = [r for r in make_records(design) if not (r["kind"] == "traffic" and r["arm"] == "tp16")]
     table = costs.traffic(summarise(design, records), "prefill", {})
+    assert table is not None
     assert "none issued" in [cell.text for row in table.rows for cell in row]
     assert {table.head[column] for column in table.numeric} == {
         "Calls", "Bytes per rank", "Time", "Bytes per layer", "Time per layer",

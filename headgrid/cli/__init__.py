@@ -52,7 +52,8 @@ def main() -> None:
     except Exception as error:
         if not _is_usage(error):
             raise
-        Console(stderr=True, highlight=False).print(f"error: {escape(error.format_message())}", style="red")  # type: ignore[attr-defined]
+        if said := error.format_message():  # type: ignore[attr-defined]  # nothing where help has been shown
+            Console(stderr=True, highlight=False).print(f"error: {escape(said)}", style="red")
         sys.exit(64)
 
 

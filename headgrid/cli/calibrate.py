@@ -22,7 +22,7 @@ def calibrate(
     seconds: Annotated[
         float | None, typer.Option(help="For which each rate is sustained: 3 on a GPU, 1 on a CPU.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; runs/calibration-<time>.json by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; runs/calibration-TIME.json by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what this machine reaches: products, attention, memory, launches, and every collective over its sizes.

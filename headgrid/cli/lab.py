@@ -31,7 +31,8 @@ LARGEST_BATCH = 65_536  # predictions walk through the micro-batches: a batch be
 
 def compare(
     model: Annotated[
-        str | None, typer.Option(help="A named model (see `headgrid layouts`), or a folder in Hugging Face format.")
+        str | None,
+        typer.Option(help="A named model (seed, seed-small, tiny and others), or a folder in Hugging Face format."),
     ] = None,
     arms: Annotated[str | None, typer.Option(help="Layouts, comma-separated; the first is the baseline.")] = None,
     ranks: Annotated[int | None, typer.Option(min=2, help="Ranks: 16 on a CPU, all GPUs otherwise.")] = None,

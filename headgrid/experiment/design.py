@@ -219,7 +219,8 @@ def control_layout(model: ModelSpec, ranks: int) -> str | None:
         return None
     grid = _grid(model, ranks)
     if grid is None:
-        raise InvalidLayout(f"no n x m grid of {model.name} fits {ranks} ranks, so there is no negative control")
+        why = f"n divides its {model.num_kv_heads} KV heads, and m is at most half of its {model.head_dim} channels"
+        raise InvalidLayout(f"no n x m grid of {model.name} fits {ranks} ranks: there is no negative control", why=why)
     return f"n{grid[0]}m{grid[1]}:independent"
 
 

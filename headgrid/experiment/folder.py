@@ -37,7 +37,8 @@ def open_run(folder: Path) -> tuple[Design, list[dict[str, Any]]]:
         data = json.loads((folder / "design.json").read_text())
         design = from_dict(data)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{folder} is not a run folder", why=f"design.json: {error}") from error
+        legal = ("a folder that `headgrid compare` made",)
+        raise InvalidInput(f"{folder} is not a run folder", why=f"design.json: {error}", legal=legal) from error
     return design, read(folder / "journal.jsonl")
 
 

@@ -177,8 +177,9 @@ def parameters(model: ModelSpec, layout: Layout, rank: int) -> dict[str, Shard]:
     elif last and model.tied_embeddings:
         result["embedding.weight"] = table
     layers = stage_layers(model, layout)[at.pp]
+    parts = {"attention": _attention(model, layout, rank), "mlp": _mlp(model, layout, rank)}  # alike in every layer
     for layer in range(layers.start, layers.stop):
-        for part, shards in (("attention", _attention(model, layout, rank)), ("mlp", _mlp(model, layout, rank))):
+        for part, shards in parts.items():
             for norm in model.norms:
                 result |= _norm(model, f"layers.{layer}.{part}.{norm}")
             result |= {f"layers.{layer}.{part}.{name}": shard for name, shard in shards.items()}

@@ -66,7 +66,8 @@ def _real_folder(folder: Path) -> Path:
     try:
         root = folder.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InvalidInput(f"there is no folder {_path(folder)}", why=_reason(error)) from None
+        legal = ("the folder with config.json and *.safetensors",)
+        raise InvalidInput(f"there is no folder {_path(folder)}", why=_reason(error), legal=legal) from None
     if not root.is_dir():
         raise InvalidInput(f"{_path(folder)} is not a folder", legal=("the folder with config.json and *.safetensors",))
     return root

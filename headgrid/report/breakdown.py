@@ -11,20 +11,39 @@ from headgrid.experiment.stats import PHASES
 from headgrid.report import format as fmt
 from headgrid.report import plots
 from headgrid.report.naming import names
-from headgrid.report.tables import NOT_APPLICABLE, Cell, Table
+from headgrid.report.table import NOT_APPLICABLE, Cell, Table, yes_or_no
 
 Summary = Mapping[str, Any]
 NAMES = ("compute", "exposed communication", "idle")
 """Of `PARTS`."""
 
 
-def tables(summary: Summary) -> list[Table]:
-    """The parts of every arm's step, and for each phase its collectives; none of a run that was not watched."""
+def tables(summary: Summary, layers: Mapping[str, int]) -> list[Table]:
+    """The parts of every arm's step, and for each phase its collectives; none of a run that was not watched.
+    `layers` = layers on a rank of each layout.
+    """
     rows = summary.get("breakdown")
     if not rows:
         return []
-    called = names(summary)
-    return [_parts(rows, called), *(_calls(rows, phase, called) for phase in PHASES)]
+    arms = {arm["label"]: arm for arm in summary["arms"]}
+    called, on_rank = names(summary), {label: layers.get(arm["layout"]) for label, arm in arms.items()}
+    found = [_parts(rows, called)]
+    for phase in PHASES:
+        counted = {label: _as_predicted(arm["traffic"], phase) for label, arm in arms.items()}
+        found.append(_calls([row for row in rows if row["phase"] == phase], phase, called, on_rank, counted))
+    return found
+
+
+Counted = dict[tuple[str, str], bool]
+
+
+def _as_predicted(ops: Sequence[Mapping[str, Any]], phase: Phase) -> Counted:
+    """Of each collective and axis, whether all that was counted in the untimed pass is what the layout predicts."""
+    found: Counted = {}
+    for op in (op for op in ops if op["phase"] == phase):
+        key = op["collective"], op["axis"]
+        found[key] = found.get(key, True) and op["as_predicted"] is True
+    return found
 
 
 def _number(text: str, css: str = "number") -> Cell:
@@ -88,7 +107,13 @@ def _why(rows: Sequence[Mapping[str, Any]]) -> str:
     return f" Not measured: {'; '.join(dict.fromkeys(reasons))}." if reasons else ""
 
 
-def _calls(rows: Sequence[Mapping[str, Any]], phase: Phase, called: Mapping[str, str]) -> Table:
+def _calls(
+    rows: Sequence[Mapping[str, Any]],
+    phase: Phase,
+    called: Mapping[str, str],
+    on_rank: Mapping[str, int | None],
+    counted: Mapping[str, Counted],
+) -> Table:
     head = (
         "Method",
         "What for",
@@ -104,35 +129,48 @@ def _calls(rows: Sequence[Mapping[str, Any]], phase: Phase, called: Mapping[str,
         "Hidden",
         "Exposed per layer: median",
         "slowest",
+        "Bytes per layer",
+        "As predicted",
     )
     found: list[list[Cell]] = []
-    for row in (row for row in rows if row["phase"] == phase):
-        listed = [_call(call) for call in row["calls"]] or [[Cell("none issued"), *[Cell(NOT_APPLICABLE)] * 12]]
+    for row in rows:
+        listed = [_call(call, on_rank[row["label"]], counted[row["label"]]) for call in row["calls"]]
+        listed = listed or [_none_issued(len(head) - 1)]
         found += [
             [*([Cell(called[row["label"]], "name", len(listed), (row["label"],))] if not place else []), *cells]
             for place, cells in enumerate(listed)
         ]
     whole = "one prefill of the whole batch" if phase == "prefill" else "one decode step"
     note = (
-        f"Means over the ranks that issue such calls, of {whole}. Transfer: the shortest of the ranks' times of a call,"
-        " which is that of the rank that waited for nobody; what others took longer is waiting. Bus bandwidth as"
+        f"Means over the ranks that issue such calls, of {whole}. As predicted: every rank's calls and bytes are those"
+        " of the layout, to the byte, counted in another untimed pass. Transfer: the shortest of the ranks' times of a"
+        " call, which is that of the rank that waited for nobody; what others took longer is waiting. Bus bandwidth as"
         " nccl-tests define it: the bytes a rank must send over the transfer's time, which for a kernel that sums and"
         " norms in one includes the norm. On a CPU, of what travels while a rank computes only the waiting for it is"
         " known."
     )
-    return Table(f"Communication, exposed and hidden: {phase}", head, found, note)
+    return Table(f"Communication breakdown: {phase}", head, found, note)
 
 
-def _call(call: Mapping[str, Any]) -> list[Cell]:
+def _call(call: Mapping[str, Any], on_rank: int | None, counted: Counted) -> list[Cell]:
     rate, layers = call["bus_bytes_per_s"], (call["layers"] or {}).get("exposed_s")
     per_layer = [NOT_APPLICABLE] * 2
     if layers:
         per_layer = [fmt.duration(layers["median"]), f"{fmt.duration(layers['max'])} (layer {layers['max_layer']})"]
+    each = fmt.size(call["bytes"] / on_rank) if layers and on_rank else NOT_APPLICABLE
     texts = [f"{call['calls']:,.10g}", fmt.size(call["bytes"])]
     texts += [fmt.duration(call[key]) for key in ("time_s", "wait_s", "transfer_s")]
     texts += [f"{fmt.size(rate)}/s" if rate else fmt.NOT_MEASURED]
     texts += [fmt.duration(call[key]) for key in ("exposed_s", "hidden_s")]
-    return [Cell(call["role"]), Cell(call["collective"]), Cell(call["axis"]), *map(_number, texts + per_layer)]
+    kind, axis = call["collective"], call["axis"]
+    numbers = map(_number, [*texts, *per_layer, each])
+    return [Cell(call["role"]), Cell(kind), Cell(axis), *numbers, yes_or_no(counted.get((kind, axis)))]
+
+
+def _none_issued(columns: int) -> list[Cell]:
+    """A row of dashes: words, numbers, and whether they were predicted."""
+    dash = Cell(NOT_APPLICABLE)
+    return [Cell("none issued"), dash, dash, *[_number(NOT_APPLICABLE)] * (columns - 4), dash]
 
 
 def bars(name: str, summary: Summary, phase: Phase, numbers: Mapping[str, int]) -> Markup | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from headgrid.report import format as fmt
 from headgrid.report.naming import named
-from headgrid.report.tables import Cell, Table
+from headgrid.report.table import Cell, Table
 
 COLUMNS = (
     ("prefill", "mfu", "measured", "MFU of prefill, measured products"),

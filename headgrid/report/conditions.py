@@ -6,7 +6,7 @@ from typing import Any
 from headgrid.experiment.records import Phase
 from headgrid.report import format as fmt
 from headgrid.report.marks import LEGEND
-from headgrid.report.tables import Cell, Table
+from headgrid.report.table import Cell, Table
 
 Summary = Mapping[str, Any]
 SEVERITY_CSS = {"INVALID": "bad", "SUSPECT": "bad", "INFO": "quiet"}

@@ -18,8 +18,9 @@ from headgrid.layout.layout import parse_layout
 from headgrid.models.text import open_text
 
 COSINE, BOUND, MOVED = 0.999999, 1e-5, 0.1
-LAYOUTS = ("n4m2:batch", "n2m4:sequence", "n4m4:batch", "n4m4:gather", "n2m8:scores")
+LAYOUTS = ("n4m2:batch", "n2m4:sequence", "n4m4:gather", "n2m8:scores")
 MORE = (
+    "n4m4:batch",
     *("n1m8:gather", "n4m2:gather+concat", "n2m4:batch+gathered", "n4m2:sequence+sharded", "n2m2pp2:scores"),
     *("n2m2dp2:batch", "n1m16:sequence", "n4m4:gather+concat", "n4m4:batch+gathered+sharded", "n4m2pp2:batch"),
     *("n2m4dp2:sequence", "n3m2pp2:gather", "n6m2:scores"),

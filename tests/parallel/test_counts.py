@@ -9,7 +9,7 @@ from cases import WORLD_SIZES, default_cases
 from headgrid.layout.shards import qk_channels
 from headgrid.layout.span import balanced, total
 
-LEAST = 230
+LEAST = 220
 
 
 def test_the_suite_has_its_cases() -> None:

@@ -150,11 +150,21 @@ def command(tmp_path: Path, own_temporary_folder: Path) -> Iterator[subprocess.P
         process.wait()
 
 
-@pytest.mark.parametrize(
-    ("number", "whole_group"),
-    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)],
-    ids=["Ctrl-C to the command", "Ctrl-C in a terminal", "terminated", "killed"],
-)
+ENDS = {
+    "Ctrl-C in a terminal": (signal.SIGINT, True),
+    "Ctrl-C to the command": (signal.SIGINT, False),
+    "terminated": (signal.SIGTERM, False),
+    "killed": (signal.SIGKILL, False),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Signals to the command alone are tried on `headgrid compare` itself (e2e/test_compare.py), here with `--full`."""
+    if "whole_group" in metafunc.fixturenames:
+        ends = list(ENDS)[: None if metafunc.config.getoption("--full") else 1]
+        metafunc.parametrize(("number", "whole_group"), [ENDS[how] for how in ends], ids=ends)
+
+
 def test_a_command_that_is_ended_leaves_no_process(
     command: subprocess.Popen, number: signal.Signals, whole_group: bool
 ) -> None:

@@ -1,9 +1,12 @@
 """Watches every operation of a rank: the tensors that come to be, floating-point operations, what is under way."""
 
-from collections.abc import Collection
-from typing import Any
+import warnings
+from collections.abc import Callable, Collection
+from functools import cache, partial
+from typing import Any, Self
 
 import torch
+from torch.library import Library, get_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,36 +37,51 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-class Flops(TorchDispatchMode):
-    """Counts what torch's own counter does, by the same formulas, in a fifth of the time."""
+class Flops:
+    """Counts what torch's own counter does, by the same formulas, by standing in for the CPU's kernels themselves.
+
+    A dispatch mode is called for every operation, of which few multiply matrices: it took a third of a rank's time.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.total = 0
-        self._formulas = flop_counter().flop_registry
-        self._kinds: dict[Any, str] = {}
+        self._within = False
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
+    def __enter__(self) -> Self:
+        self._library = Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is replaced: it is meant
+            for operation, kernel, formula in _kernels():
+                counted = partial(self._count, kernel, formula)
+                self._library.impl(operation, counted, "CPU", with_keyset=True, allow_override=True)
+        return self
 
-    def _kind(self, func: Any) -> str:
-        if func._overloadpacket in self._formulas:
-            return "counted"
-        return "composed" if func._can_decompose() else "free"
+    def __exit__(self, *_: object) -> None:
+        self._library._destroy()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        kind = self._kinds.get(func)
-        if kind is None:
-            kind = self._kinds[func] = self._kind(func)
-        if kind == "composed":
-            with self:
-                return func.decompose(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if kind == "counted":
-            self.total += self._formulas[func._overloadpacket](*args, **kwargs, out_val=result)
+    def _count(self, kernel: Any, formula: Callable[..., int], keys: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the kernel; what it calls on its own way is part of it."""
+        if self._within:
+            return kernel.call_boxed(keys, *args, **kwargs)
+        self._within = True
+        try:
+            result = kernel.call_boxed(keys, *args, **kwargs)
+        finally:
+            self._within = False
+        self.total += formula(*args, **kwargs, out_val=result)
         return result
+
+
+@cache
+def _kernels() -> list[tuple[torch._ops.OpOverload, Any, Callable[..., int]]]:
+    """The CPU's kernels of all operations that torch's counter knows, with its formulas."""
+    found = []
+    for packet, formula in flop_counter().flop_registry.items():
+        for name in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
+            operation = getattr(packet, name)
+            if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CPU"):
+                found.append((operation, get_kernel(operation, "CPU"), formula))
+    return found
 
 
 class UnderWay:

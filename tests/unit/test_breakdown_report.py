@@ -10,7 +10,7 @@ from run_fixture import make_design, make_env, make_records
 from headgrid.experiment.breakdown.summary import closure, summarise_breakdown
 from headgrid.experiment.records import block_times
 from headgrid.experiment.summary import summary_of
-from headgrid.report import breakdown
+from headgrid.report import breakdown, costs
 from headgrid.report.html import render
 
 Record = dict[str, Any]
@@ -107,19 +107,46 @@ def test_an_unknown_part_is_no_zero_and_has_its_reason() -> None:
 def test_the_page_shows_parts_rows_and_bars() -> None:
     design = make_design()
     summary = summary_of(design, records(design), None)
-    parts, prefill, decode = breakdown.tables(summary)
+    parts, prefill, decode = breakdown.tables(summary, {"tp8pp2": 2})
     assert len(parts.rows) == 8 and len(prefill.rows) == len(decode.rows) == 4
     texts = [cell.text.replace("\N{NO-BREAK SPACE}", " ") for cell in parts.rows[0]]
     assert texts[:5] == ["tp8pp2", "prefill", "600 ms", "297 ms (50 %)", "178 ms (30 %)"]
     assert {len(row) + (number % 2) for number, row in enumerate(parts.rows)} == {len(parts.head)}
     assert all(len(row) == len(prefill.head) for row in prefill.rows)
     page = render(design, make_env(), records(design), summary)
-    assert "Where a decode step" in page and "Communication, exposed and hidden: prefill" in page
+    assert "Where a decode step" in page and page.count(">Communication breakdown: prefill</h3>") == 1
+    assert "Where a step&#39;s time goes" in page and "separate, untimed pass" not in page
+    cells = dict(zip(prefill.head, prefill.rows[0], strict=True))
+    assert cells["Bytes per layer"].text.split() == ["1.00", "KiB"] and cells["As predicted"].text == "yes"
     drawn = breakdown.bars("b", summary, "decode", NUMBERS)
     assert drawn is not None and "exposed communication 3.71" in drawn
     without = {key: value for key, value in summary.items() if key != "breakdown"}
-    assert breakdown.tables(without) == []
-    assert "Where a decode step" not in render(design, make_env(), make_records(design), without)
+    assert breakdown.tables(without, {}) == []
+    older = render(design, make_env(), make_records(design), without)
+    assert "Where a decode step" not in older and "separate, untimed pass" in older
+    assert older.count(">Communication breakdown: prefill</h3>") == 1
+
+
+def test_what_was_not_watched_keeps_the_older_table() -> None:
+    design = make_design()
+    summary = summary_of(design, records(design), None)
+    assert costs.traffic(summary, "prefill", {}) is None
+    summary["breakdown"] = [row for row in summary["breakdown"] if row["label"] != "tp16"]
+    table = costs.traffic(summary, "decode", {})
+    assert table is not None and table.title == "Communication breakdown: decode, arms that were not watched"
+    assert {label for arms, _ in table.groups for label in arms} == {"tp16"}
+
+
+@pytest.mark.parametrize(("stated", "shown"), [(True, "yes"), (False, "NO"), (None, "NO")])
+def test_a_call_that_was_not_predicted_is_seen(stated: bool | None, shown: str) -> None:
+    """One op of several suffices; the other phase and other axes are not touched."""
+    design = make_design()
+    summary = summary_of(design, records(design), None)
+    op = {"phase": "prefill", "collective": "all_reduce", "axis": "tp", "as_predicted": True}
+    summary["arms"][0]["traffic"] = [op, op | {"as_predicted": stated}, op | {"axis": "pp", "as_predicted": False}]
+    _, prefill, decode = breakdown.tables(summary, {})
+    texts = [dict(zip(t.head, t.rows[0], strict=True))["As predicted"].text for t in (prefill, decode)]
+    assert texts == [shown, "not measured"]
 
 
 def test_labels_are_inert() -> None:
@@ -128,4 +155,6 @@ def test_labels_are_inert() -> None:
     summary["arms"][0]["label"] = summary["breakdown"][0]["label"] = summary["breakdown"][1]["label"] = label
     summary["breakdown"][0]["calls"][0]["role"] = label
     assert label not in str(breakdown.bars("b", summary, "prefill", NUMBERS | {label: 0}))
-    assert all(isinstance(cell.text, str) for table in breakdown.tables(summary) for row in table.rows for cell in row)
+    assert all(
+        isinstance(cell.text, str) for table in breakdown.tables(summary, {}) for row in table.rows for cell in row
+    )

@@ -9,7 +9,7 @@ import pytest
 from run_fixture import make_design, make_env, make_records
 
 from headgrid.experiment.stats import summarise
-from headgrid.report import conditions, html, partition, plots, tables
+from headgrid.report import conditions, costs, html, partition, plots
 from headgrid.report import format as fmt
 from headgrid.report.naming import named
 
@@ -51,7 +51,7 @@ def test_bytes_too_small_for_the_tables_unit_have_their_own() -> None:
     for record in records:
         for rank in [*record.get("per_rank", ()), *record.get("predicted", ())] if record["kind"] == "memory" else ():
             rank |= {"kv_cache_bytes": 60 * 2**30, "communication_buffer_bytes": 512}
-    rows = tables.memory(summarise(design, records)).rows
+    rows = costs.memory(summarise(design, records)).rows
     assert [cell.text for cell in rows[0]].count("512 B") == 1
     assert not [cell.text for row in rows for cell in row if re.search(r"0\.0000", cell.text)]
 
@@ -59,7 +59,8 @@ def test_bytes_too_small_for_the_tables_unit_have_their_own() -> None:
 def test_a_row_without_collectives_keeps_the_columns_of_words_flush_left() -> None:
     design = make_design(launches=1, blocks=3)
     records = [r for r in make_records(design) if not (r["kind"] == "traffic" and r["arm"] == "tp16")]
-    table = tables.traffic(summarise(design, records), "prefill", {})
+    table = costs.traffic(summarise(design, records), "prefill", {})
+    assert table is not None
     assert "none issued" in [cell.text for row in table.rows for cell in row]
     assert {table.head[column] for column in table.numeric} == {
         "Calls", "Bytes per rank", "Time", "Bytes per layer", "Time per layer",

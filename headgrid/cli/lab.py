@@ -15,7 +15,9 @@ from headgrid.errors import InvalidInput, VerificationFailed
 from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 
 if TYPE_CHECKING:
+    from headgrid.experiment.design import Design
     from headgrid.experiment.plan import Wishes
+    from headgrid.experiment.starting import Starter
 
 TelemetryHz = Annotated[
     float, typer.Option(help="Samples a second of clocks, power, load and the like, by a side process; 0: none.")
@@ -113,37 +115,48 @@ def _compare(
     wishes: "Wishes", telemetry_hz: float, breakdown: bool, resume: Path | None, out: Path, as_json: bool
 ) -> None:
     """Carry out a new comparison under `out`, or the rest of the one in `resume`, and tell what came out."""
-    from headgrid.experiment import folder, machine, plan, runner
+    from headgrid.experiment import across, machine, plan, runner
+    from headgrid.experiment.starting import HERE
     from headgrid.report.conclude import conclude
     from headgrid.runtime import launch
 
     console = console_for(as_json)
     joined = launch.joined_by_torchrun()
-    if resume is None:
+    if resume is not None:
+        planned, backend = resume, machine.backend(wishes.device)
+    else:
         started = launch.torchrun_rank()[1] if joined else None
-        design, notes = plan.make(dataclasses.replace(wishes, started_ranks=started))
+        planned, notes = plan.make(dataclasses.replace(wishes, started_ranks=started))
         for note in notes if not joined or launch.torchrun_rank()[0] == 0 else ():
             console.print(escape(note), style="yellow")
-        backend, open_run = design.backend, lambda: folder.create(design, machine.environment(), out)
-    else:
-        backend, open_run = machine.backend(wishes.device), lambda: resume
-        if not joined:
-            plan.recheck(folder.open_run(resume)[0])
-    if joined:
-        with progress_bar(console, own_thread=False, shown=launch.torchrun_rank()[0] == 0) as show:
-            run = runner.carry_out_joined(backend, open_run, telemetry_hz, show, breakdown=breakdown)
-        if run is None:
-            return
-    else:
-        run = open_run()
+        backend = planned.backend
+
+    def carry_out(starter: "Starter") -> Path:
+        run = _run_folder(planned, out, starter)
         with progress_bar(console) as show:
-            runner.carry_out(run, show, telemetry_hz, breakdown=breakdown)
+            runner.carry_out(run, show, telemetry_hz, breakdown=breakdown, starter=starter)
+        return run
+
+    run = across.directed(backend, carry_out) if joined else carry_out(HERE)
+    if run is None:
+        return
     summary = conclude(run)
     _print_summary(console, summary)
     console.print(f"report: {run / 'report.html'}", soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     _raise_if_failed(summary)
+
+
+def _run_folder(planned: "Design | Path", out: Path, starter: "Starter") -> Path:
+    """A new one of a design, or the one that is gone on with; raises what the hosts refuse of it."""
+    from headgrid.experiment import folder
+
+    if isinstance(planned, Path):
+        starter.check([folder.open_run(planned)[0]])
+        return planned
+    starter.check([planned])
+    return folder.create(planned, starter.environment(), out)
 
 
 def _names(arms: str | None) -> tuple[str, ...] | None:

@@ -15,7 +15,10 @@ from headgrid.errors import InvalidInput, VerificationFailed
 from headgrid.experiment.telemetry import DEFAULT_HZ, check_hz
 
 if TYPE_CHECKING:
+    from headgrid.experiment.design import Design
     from headgrid.experiment.plan import Wishes
+    from headgrid.experiment.scale import Study
+    from headgrid.experiment.starting import Starter
 
 
 def scale(
@@ -61,15 +64,12 @@ def scale(
 
         headgrid scale --resume runs/20261122-130000-scale-seed-small
     """
+    from headgrid.experiment import across, machine
     from headgrid.experiment.plan import Wishes
+    from headgrid.experiment.starting import HERE
     from headgrid.runtime import launch
 
-    if launch.joined_by_torchrun():
-        raise InvalidInput(
-            "headgrid scale starts its own ranks, one number of them after the other",
-            why="a launcher has started this process as one of its ranks",
-            legal=("without the launcher", "headgrid compare under the launcher, once for each number of ranks"),
-        )
+    joined = launch.joined_by_torchrun()
     wishes = Wishes(
         model=model,
         batch=batch,
@@ -81,11 +81,19 @@ def scale(
         text=text,
         device=device,
         seed=seed,
+        started_ranks=launch.torchrun_rank()[1] if joined else None,
     )
     check_hz(telemetry_hz)
     console = console_for(as_json)
-    path = resume or _new(console, wishes, layouts, ranks, mode, out)
-    summary = _carry_out(console, path, telemetry_hz, is_new=resume is None)
+    planned = resume or _new(console, wishes, layouts, ranks, mode)
+
+    def carry_out(starter: "Starter") -> dict[str, Any]:
+        return _carry_out(console, _study_folder(planned, out, starter), telemetry_hz, starter)
+
+    backend = machine.backend(device) if isinstance(planned, Path) else planned[1][0].backend
+    summary = across.directed(backend, carry_out) if joined else carry_out(HERE)
+    if summary is None:
+        return
     if as_json:
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     failed = sorted({row["layout"] for row in summary["rows"] if not row["verified"]})
@@ -93,18 +101,32 @@ def scale(
         raise VerificationFailed(f"not verified: {', '.join(failed) or 'the negative control was not rejected'}")
 
 
-def _new(console: Console, wishes: "Wishes", layouts: str | None, ranks: str | None, mode: str, out: Path) -> Path:
-    """Plan the study, say what was decided, and make its folder."""
-    from headgrid.experiment import machine, scale
+def _new(
+    console: Console, wishes: "Wishes", layouts: str | None, ranks: str | None, mode: str
+) -> tuple["Study", list["Design"]]:
+    """Plan the study, and say what was decided."""
+    from headgrid.experiment import scale
+    from headgrid.runtime import launch
 
     modes = {"both": scale.MODES, "strong": ("strong",), "weak": ("weak",)}.get(mode)
     if modes is None:
         raise InvalidInput(f"mode {mode!r} is not known", legal=("both", "strong", "weak"))
     families = scale.DEFAULT_FAMILIES if layouts is None else _split(layouts)
     study, designs, notes = scale.make(wishes, _numbers(ranks), families, modes)
-    for note in notes:
+    for note in notes if not launch.joined_by_torchrun() or launch.torchrun_rank()[0] == 0 else ():
         console.print(escape(note), style="yellow")
-    return scale.create(study, designs, machine.environment(), out)
+    return study, designs
+
+
+def _study_folder(planned: "Path | tuple[Study, list[Design]]", out: Path, starter: "Starter") -> Path:
+    """A new one, or the one that is gone on with; raises what the hosts refuse of it."""
+    from headgrid.experiment import scale
+
+    if isinstance(planned, Path):
+        starter.check([design for design, _ in scale.open_study(planned)[1]])
+        return planned
+    starter.check(planned[1])
+    return scale.create(*planned, starter.environment(), out)
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -119,15 +141,13 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, _split(text)))
 
 
-def _carry_out(console: Console, path: Path, telemetry_hz: float, *, is_new: bool) -> dict[str, Any]:
+def _carry_out(console: Console, path: Path, telemetry_hz: float, starter: "Starter") -> dict[str, Any]:
     """Run what is not there yet, and tell what came out; after Ctrl-C, what there is."""
     from headgrid.experiment import scale
 
-    if not is_new:
-        scale.recheck(path)
     try:
         with progress_bar(console) as show:
-            scale.carry_out(path, show, telemetry_hz)
+            scale.carry_out(path, show, telemetry_hz, starter)
     finally:
         summary = _conclude(path)
         _print(console, summary)

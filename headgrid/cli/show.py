@@ -23,8 +23,8 @@ def console_for(as_json: bool) -> Console:
 
 
 @contextmanager
-def progress_bar(console: Console, *, own_thread: bool = True, shown: bool = True) -> Any:
-    """A bar, and the function that moves it. Without a thread of its own it is drawn only when it is moved."""
+def progress_bar(console: Console) -> Any:
+    """A bar, and the function that moves it."""
     columns = (
         SpinnerColumn(),
         BarColumn(),
@@ -32,13 +32,11 @@ def progress_bar(console: Console, *, own_thread: bool = True, shown: bool = Tru
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, transient=True, auto_refresh=own_thread, disable=not shown) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting ranks", total=None)
 
         def show(progress: Any) -> None:
             bar.update(task, completed=progress.done, total=progress.total, description=escape(progress.latest))
-            if not own_thread:
-                bar.refresh()
 
         yield show
 

@@ -91,17 +91,12 @@ def _completeness_warnings(design: Mapping[str, Any], records: Sequence[Record],
 
 
 def _host_warnings(design: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
-    """Where ranks ran on several hosts: what telemetry does not see, and slices whose exchange crosses hosts."""
+    """Where ranks ran on several hosts: slices whose exchange crosses hosts, and what goes from host to host."""
     placements = {tuple(record.get("hosts") or [0] * record["ranks"]) for record in of_kind(records, "launch")}
     several = sorted(hosts for hosts in placements if len(set(hosts)) > 1)
     if len(placements) > 1:
         yield "The launches had their ranks on different hosts."
     for hosts in several[:1]:
-        on_first = hosts.count(0)
-        yield (
-            f"The ranks ran on {len(set(hosts))} hosts; telemetry and isolation tell of the first one only, which has"
-            f" {on_first} of the {len(hosts)} ranks: the others are unchecked."
-        )
         layouts = dict.fromkeys(arm["layout"] for arm in design["arms"])
         yield from filter(None, (slices_apart(parse_layout(layout), hosts) for layout in layouts))
         yield from _crossing_sentences(design, records)

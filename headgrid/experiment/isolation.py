@@ -5,6 +5,7 @@ out must not be chosen after the fact; a figure that is not clean is marked wher
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from headgrid.experiment import isolation_gpu, isolation_host, isolation_protocol, isolation_run
@@ -12,7 +13,7 @@ from headgrid.experiment.design import analysis_of
 from headgrid.experiment.isolation_evidence import Check, Evidence, Finding
 from headgrid.experiment.records import BlockKey, Record, latest_attempts, of_kind
 from headgrid.experiment.telemetry import Telemetry
-from headgrid.experiment.telemetry_series import PHASES
+from headgrid.experiment.telemetry_series import PHASES, ranks_of_hosts
 
 Verdict = Literal["CLEAN", "SUSPECT", "INVALID"]
 CHECKS: tuple[Check, ...] = (
@@ -34,10 +35,18 @@ def judge(design: Mapping[str, Any], records: Sequence[Record], telemetry: Telem
     Only blocks that are not clean are listed. A figure is one arm's one phase. With checks that could not be made,
     CLEAN means that those made found nothing.
     """
-    evidence = Evidence(design, records, telemetry)
     due = [check for check in CHECKS if check.concerns(analysis_of(design))]
-    unchecked = {check: why for check in due if (why := evidence.why_unchecked(check)) is not None}
-    findings = _distinct(found for check in due if check not in unchecked for found in check.find(evidence))
+    hosts = _hosts(design, records, telemetry)
+    findings: list[Finding] = []
+    unchecked: dict[Check, str] = {}
+    for check in due:
+        for evidence in hosts if check.telemetry else hosts[:1]:
+            where = f"host {evidence.host}: " if check.telemetry and len(hosts) > 1 else ""
+            if (why := evidence.why_unchecked(check)) is not None:
+                unchecked[check] = "; ".join(filter(None, (unchecked.get(check), where + why)))
+            else:
+                findings += [replace(found, text=where + found.text) for found in check.find(evidence)]
+    findings = _distinct(findings)
     index = _Index(findings)
     blocks = _blocks(records)
     listed = [_block(index, key, arm) for key, arm in blocks]
@@ -57,6 +66,12 @@ def judge(design: Mapping[str, Any], records: Sequence[Record], telemetry: Telem
         "checked": [code for check in due if check not in unchecked for code in check.codes],
         "unchecked": [{"code": code, "why": why} for check, why in unchecked.items() for code in check.codes],
     }
+
+
+def _hosts(design: Mapping[str, Any], records: Sequence[Record], telemetry: Telemetry | None) -> list[Evidence]:
+    """The journal with the samples of each host that had ranks."""
+    sampled = telemetry.of_hosts() if telemetry is not None else {}
+    return [Evidence(design, records, sampled.get(host), host) for host in ranks_of_hosts(records) or [0]]
 
 
 def _distinct(findings: Iterable[Finding]) -> list[Finding]:

@@ -7,7 +7,16 @@ from typing import Any, Literal
 
 from headgrid.experiment.records import Record
 from headgrid.experiment.telemetry import COUNTERS, Telemetry
-from headgrid.experiment.telemetry_series import Point, Timeline, Window, points, rank_gpus, rank_pids, windows
+from headgrid.experiment.telemetry_series import (
+    Point,
+    Timeline,
+    Window,
+    points,
+    rank_gpus,
+    rank_pids,
+    ranks_of_hosts,
+    windows,
+)
 
 Severity = Literal["INFO", "SUSPECT", "INVALID"]
 
@@ -28,9 +37,11 @@ class Finding:
 class Evidence:
     """Design, journal and telemetry of a run, and what several checks derive from them."""
 
-    def __init__(self, design: Mapping[str, Any], records: Sequence[Record], telemetry: Telemetry | None) -> None:
-        """`telemetry` is None if nothing was sampled."""
-        self.design, self.records = design, records
+    def __init__(
+        self, design: Mapping[str, Any], records: Sequence[Record], telemetry: Telemetry | None, host: int = 0
+    ) -> None:
+        """`telemetry` is None if nothing was sampled; it and what it is laid to are of one `host`."""
+        self.design, self.records, self.host = design, records, host
         self.telemetry = telemetry if telemetry is not None and telemetry.sessions else None
         self.timeline = Timeline(windows(records))
         self._points: dict[str, list[Point]] = {}
@@ -54,7 +65,12 @@ class Evidence:
     @cached_property
     def pids(self) -> dict[int, int]:
         """Ranks by process id."""
-        return rank_pids(self.records)
+        return rank_pids(self.records, self.host)
+
+    @cached_property
+    def ranks(self) -> int:
+        """How many of the run's ranks this host has."""
+        return ranks_of_hosts(self.records).get(self.host) or self.design["ranks"]
 
     @cached_property
     def cores(self) -> list[int]:

@@ -108,7 +108,7 @@ def _preemption(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _oversubscribed(evidence: Evidence) -> str | None:
-    ranks, cores = evidence.design["ranks"], len(evidence.cores)
+    ranks, cores = evidence.ranks, len(evidence.cores)
     if ranks > cores and evidence.design["device"] == "cpu":
         return f"{ranks} ranks on {cores} cores preempt each other anyway"
     return None

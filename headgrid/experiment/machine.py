@@ -14,7 +14,7 @@ import psutil
 
 from headgrid.errors import NotAvailable
 from headgrid.experiment.design import Device
-from headgrid.runtime.launch import machine_environment
+from headgrid.runtime.launch import machine_environment, ranks_here
 
 _PACKAGES = (
     "torch",
@@ -38,13 +38,13 @@ class Machine:
 
 
 def look(ranks: int | None, device: Device | None) -> Machine:
-    """GPUs if there are any (or `device` says so), else this host's CPU, whose free memory the ranks share."""
+    """GPUs if there are any (or `device` says so), else this host's CPU, whose free memory its ranks share."""
     import torch
 
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device is None and not gpus):
         count = ranks or 16
-        return Machine("cpu", count, psutil.virtual_memory().available // count)
+        return Machine("cpu", count, psutil.virtual_memory().available // ranks_here(count))
     return Machine("cuda", gpus, min((row["memory_free_bytes"] for row in gpu_rows()), default=0))
 
 

@@ -151,10 +151,13 @@ def _calibration(
     return found, calibrate.ensure_fits(found, machine.device, ranks, dtypes, environment())
 
 
-def recheck(design: Design) -> None:
-    """Raise what `make` would raise if a resumed design does not fit this machine, before any process starts."""
+def recheck(design: Design, *, started: bool = False) -> None:
+    """Raise what `make` would raise if a design does not fit this machine, before any process starts.
+
+    `started`: a launcher has started the ranks, perhaps not all of them here.
+    """
     machine = look(design.ranks, design.device)
-    _ranks(Wishes(ranks=design.ranks, least_ranks=1), machine)
+    _ranks(Wishes(ranks=design.ranks, started_ranks=design.ranks if started else None, least_ranks=1), machine)
     fp8.ensure(design.model, design.layouts, design.device)
     budget.ensure_fits(design.model, design.layouts, design.workload, design.device, machine.free_bytes)
 
@@ -165,11 +168,6 @@ def _ranks(wishes: Wishes, machine: Machine) -> int:
             raise InvalidInput(
                 f"--ranks {wishes.ranks}, but the launcher started {wishes.started_ranks}",
                 legal=(f"--ranks {wishes.started_ranks}", "no --ranks"),
-            )
-        if (wishes.launches or 1) > 1:
-            raise InvalidInput(
-                f"--launches {wishes.launches} needs fresh processes, and the launcher started these once",
-                legal=("--launches 1", "without the launcher"),
             )
     ranks = wishes.ranks or wishes.started_ranks or machine.num_devices
     ensure_devices(machine, ranks, started=wishes.started_ranks is not None)

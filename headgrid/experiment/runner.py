@@ -1,24 +1,18 @@
 """Carries out a design: its launches one after the other, each on fresh ranks."""
 
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from headgrid.errors import InvalidInput
 from headgrid.experiment.design import Design
 from headgrid.experiment.folder import open_run
 from headgrid.experiment.records import done_blocks, finished_launches
-from headgrid.experiment.telemetry import DEFAULT_HZ, Sampler, sampling
+from headgrid.experiment.starting import HERE, Starter
+from headgrid.experiment.telemetry import DEFAULT_HZ, Sampler
 from headgrid.runtime import launch
 
 TARGET = "headgrid.experiment.worker:run_launch"
@@ -39,8 +33,9 @@ def carry_out(
     telemetry_hz: float = DEFAULT_HZ,
     *,
     breakdown: bool = True,
+    starter: Starter = HERE,
 ) -> None:
-    """Run every launch that the journal does not show as finished, on ranks of this host.
+    """Run every launch that the journal does not show as finished, each on fresh ranks that `starter` starts.
 
     Beside them a process samples telemetry `telemetry_hz` times a second (0: none). `breakdown`: behind its blocks each
     launch watches where the arms' steps spend their time.
@@ -49,73 +44,40 @@ def carry_out(
     left = sorted({*range(design.protocol.launches)} - {*finished_launches(records)})
     if not left:
         return  # samples of a time after the run would tell of none of its blocks
-    with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
+    with starter.sampling(folder, telemetry_hz, gpus=design.device == "cuda", ranks=design.ranks) as sampler:
         for index in left:
-            _carry_out_launch(folder, index, on_progress, sampler, breakdown=breakdown)
+            _carry_out_launch(folder, index, on_progress, sampler, starter, breakdown=breakdown)
 
 
 def carry_out_launch(
-    folder: Path, index: int, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ
+    folder: Path,
+    index: int,
+    on_progress: Callable[[Progress], None],
+    telemetry_hz: float = DEFAULT_HZ,
+    starter: Starter = HERE,
 ) -> None:
     """Run launch `index`, or what the journal lacks of it, as `carry_out` does, without a breakdown."""
     design, records = open_run(folder)
     if index not in finished_launches(records):
-        with sampling(folder, telemetry_hz, gpus=design.device == "cuda") as sampler:
-            _carry_out_launch(folder, index, on_progress, sampler, breakdown=False)
+        with starter.sampling(folder, telemetry_hz, gpus=design.device == "cuda", ranks=design.ranks) as sampler:
+            _carry_out_launch(folder, index, on_progress, sampler, starter, breakdown=False)
 
 
 def _carry_out_launch(
-    folder: Path, index: int, on_progress: Callable[[Progress], None], sampler: Sampler | None, *, breakdown: bool
+    folder: Path,
+    index: int,
+    on_progress: Callable[[Progress], None],
+    sampler: Sampler | None,
+    starter: Starter,
+    *,
+    breakdown: bool,
 ) -> None:
     design, records = open_run(folder)
-    watch = _Watch(folder, on_progress, sampler, expected_records(design, breakdown=breakdown))
+    watch = _Watch(folder, on_progress, sampler, starter.pids, expected_records(design, breakdown=breakdown))
     payload = _payload(folder, design, records, index) | {"breakdown": breakdown}
     job = launch.Job(TARGET, payload, design.ranks, design.backend)
-    launch.run(job, on_poll=watch, log_to=folder / "logs")
+    starter.run(job, on_poll=watch, log_to=folder / "logs")
     watch()
-
-
-def carry_out_joined(
-    backend: str,
-    open_folder: Callable[[], Path],
-    telemetry_hz: float = DEFAULT_HZ,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    *,
-    breakdown: bool = True,
-) -> Path | None:
-    """The same inside ranks that torchrun started: one launch, since the processes are given.
-
-    Only rank 0 uses the folder that `open_folder` returns, and gets it back; the others need no common file system.
-    Telemetry is that of rank 0's host. `on_progress` is called on rank 0, between what is timed.
-    """
-    rank, _ = launch.torchrun_rank()
-    with launch.joined(backend):
-        folder = open_folder() if rank == 0 else None
-        if folder is not None and (design := open_run(folder)[0]).backend != backend:
-            raise InvalidInput(f"the run in {folder} needs {design.backend}, these ranks have {backend}")
-        mine = _next_payload(folder) if folder else None
-        shared = launch.share_text(json.dumps(mine and mine | {"breakdown": breakdown}))  # rank 0's flag is all ranks'
-        if (payload := json.loads(shared)) is not None:
-            with sampling(folder, telemetry_hz, gpus=backend == "nccl") if folder else nullcontext() as sampler:
-                if sampler is not None:
-                    sampler.follow(child.pid for child in psutil.Process(os.getppid()).children())
-                told = _progress_of(folder, on_progress, breakdown) if folder else None
-                launch.call(launch.Job(TARGET, payload, payload["design"]["ranks"], backend), told)
-    return folder
-
-
-def _progress_of(folder: Path, report: Callable[[Progress], None], breakdown: bool) -> Callable[[dict[str, Any]], None]:
-    """What rank 0 tells of each record that it has written."""
-    design, records = open_run(folder)
-    written, total = itertools.count(len(records) + 1), expected_records(design, breakdown=breakdown)
-    return lambda record: report(Progress(min(next(written), total), total, describe(record)))
-
-
-def _next_payload(folder: Path) -> dict[str, Any] | None:
-    """The first launch that the journal does not show as finished."""
-    design, records = open_run(folder)
-    unfinished = [i for i in range(design.protocol.launches) if i not in finished_launches(records)]
-    return _payload(folder, design, records, unfinished[0]) if unfinished else None
 
 
 def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index: int) -> dict[str, Any]:
@@ -141,13 +103,20 @@ def expected_records(design: Design, *, breakdown: bool = False) -> int:
 class _Watch:
     """Follows the journal while ranks write it, and tells the sampler which processes the ranks are."""
 
-    def __init__(self, folder: Path, report: Callable[[Progress], None], sampler: Sampler | None, total: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        report: Callable[[Progress], None],
+        sampler: Sampler | None,
+        pids: Callable[[], Iterable[int]],
+        total: int,
+    ) -> None:
         self._path, self._report, self._size, self._sampler = folder / "journal.jsonl", report, -1, sampler
-        self._total = total
+        self._total, self._pids = total, pids
 
     def __call__(self) -> None:
         if self._sampler is not None:
-            self._sampler.follow(child.pid for child in multiprocessing.active_children() if child.pid is not None)
+            self._sampler.follow(self._pids())
         size = self._path.stat().st_size
         if size != self._size:
             self._size = size

@@ -22,6 +22,7 @@ from headgrid.experiment.design import Design
 from headgrid.experiment.families import Family, parse_family
 from headgrid.experiment.machine import Machine, ensure_devices, look
 from headgrid.experiment.runner import Progress, carry_out_launch, expected_records
+from headgrid.experiment.starting import HERE, Starter
 from headgrid.experiment.telemetry import DEFAULT_HZ
 from headgrid.layout.layout import Layout
 from headgrid.layout.legal import is_legal
@@ -94,7 +95,7 @@ def make(
     """
     plan.check_names(wishes)
     machine = look(DEFAULT_CPU_COUNTS[-1], wishes.device)  # type: ignore[arg-type]
-    ranks = _counts(counts, machine)
+    ranks = _counts(counts, machine, wishes.started_ranks)
     model, _ = find_spec(wishes.model or plan.default_model(machine))
     chosen = list(map(parse_family, families))
     places, notes = _places(ranks, modes, chosen, model)
@@ -122,20 +123,27 @@ class _Place:
     growth: int
 
 
-def _counts(counts: Sequence[int] | None, machine: Machine) -> tuple[int, ...]:
-    """The numbers of ranks, ascending: each a multiple of the fewest, so that the batch of a rank can stay the same."""
-    if counts is None and machine.device == "cuda":
-        counts = [count for count in (1, 2, 4, 8) if count <= machine.num_devices]
+def _counts(counts: Sequence[int] | None, machine: Machine, started: int | None) -> tuple[int, ...]:
+    """The numbers of ranks, ascending: each a multiple of the fewest, so that the batch of a rank can stay the same.
+
+    `started`: processes of a launcher, of which each number takes the first.
+    """
+    most = started or (machine.num_devices if machine.device == "cuda" else DEFAULT_CPU_COUNTS[-1])
+    if counts is None:
+        counts = [count for count in (1, 2, 4, 8) if count <= most]
         if len(counts) < 2:
-            raise NotAvailable(f"{machine.num_devices} GPUs are nothing to scale over", legal=("--device cpu",))
-    ranks = tuple(sorted(set(DEFAULT_CPU_COUNTS if counts is None else counts)))
+            what = "started ranks" if started else "GPUs"
+            raise NotAvailable(f"{most} {what} are nothing to scale over", legal=("--device cpu",) * (not started))
+    ranks = tuple(sorted(set(counts)))
     if len(ranks) < 2 or ranks[0] < 1 or any(count % ranks[0] for count in ranks):
         raise InvalidInput(
             f"{','.join(map(str, ranks)) or 'no number of'} ranks are nothing to scale over",
             why="scaling needs two numbers of ranks or more, each a multiple of the smallest",
             legal=("--ranks 1,2,4", "--ranks 2,4,8"),
         )
-    ensure_devices(machine, ranks[-1], started=False)
+    if started is not None and ranks[-1] > started:
+        raise NotAvailable(f"{ranks[-1]} ranks, but the launcher started {started}", legal=(f"--ranks 1,{started}",))
+    ensure_devices(machine, ranks[-1], started=started is not None)
     return ranks
 
 
@@ -215,7 +223,8 @@ def _design(wishes: plan.Wishes, place: _Place) -> tuple[Design, list[str]]:
     arms = tuple(map(str, place.layouts))
     try:
         # a study compares launches, and what each finds planted inside itself would say nothing about that
-        own = {"ranks": ranks, "least_ranks": 1, "batch": batch, "arms": arms, "planted": 0.0}
+        started = wishes.started_ranks and ranks
+        own = {"ranks": ranks, "started_ranks": started, "least_ranks": 1, "batch": batch, "arms": arms, "planted": 0.0}
         return plan.make(dataclasses.replace(wishes, **own))
     except HeadgridError as error:
         error.what += f" ({place.point.run}, batch {batch or 'as fits'})"
@@ -272,13 +281,12 @@ def open_study(path: Path) -> tuple[Study, list[tuple[Design, list[dict[str, Any
     return study, runs
 
 
-def recheck(path: Path) -> None:
-    """Raise what `make` would if the study in `path` does not fit this machine, before any process starts."""
-    for design, _ in open_study(path)[1]:
-        plan.recheck(design)
-
-
-def carry_out(path: Path, on_progress: Callable[[Progress], None], telemetry_hz: float = DEFAULT_HZ) -> None:
+def carry_out(
+    path: Path,
+    on_progress: Callable[[Progress], None],
+    telemetry_hz: float = DEFAULT_HZ,
+    starter: Starter = HERE,
+) -> None:
     """Launch every point once in each round, in the declared order; what the journals already have is not repeated.
 
     Each point's folder gets its telemetry, `telemetry_hz` samples a second (0: none).
@@ -294,4 +302,4 @@ def carry_out(path: Path, on_progress: Callable[[Progress], None], telemetry_hz:
                 latest = f"{study.points[index].run}: {progress.latest}"
                 on_progress(Progress(sum(done), sum(totals), latest))
 
-            carry_out_launch(path / study.points[index].run, round_number, show, telemetry_hz)
+            carry_out_launch(path / study.points[index].run, round_number, show, telemetry_hz, starter)

@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from headgrid.errors import InvalidInput
+from headgrid.experiment.telemetry_hosts import clocks_of, files, in_rank_0_time
 
 FILE = "telemetry.jsonl"
 DEFAULT_HZ = 10.0
@@ -95,9 +97,19 @@ COUNTERS: Mapping[str, Counter] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """All that a `telemetry.jsonl` holds: one session for each process that sampled, oldest first."""
+    """All that a `telemetry.jsonl` holds: one session for each process that sampled, oldest first.
+
+    `others`: the same of further hosts by their numbers, in rank 0's time; `clocks`: how far each one's was ahead.
+    """
 
     sessions: tuple["Session", ...]
+    others: Mapping[int, "Telemetry"] = field(default_factory=dict)
+    clocks: tuple[Mapping[str, Any], ...] = ()
+
+    def of_hosts(self) -> dict[int, "Telemetry"]:
+        """Hosts of which there are samples, rank 0's first."""
+        every = {0: self, **self.others}
+        return {host: telemetry for host, telemetry in every.items() if telemetry.sessions}
 
     def events(self, kind: str) -> Iterator[Mapping[str, Any]]:
         """The records of one kind that are no samples: `xid`, `lost`, `failed`."""
@@ -206,25 +218,43 @@ def sampling(folder: Path, hz: float, *, gpus: bool) -> Iterator[Sampler | None]
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record, on a line of its own even if an earlier process was killed in the middle of one."""
+    append_lines(path, json.dumps(record, allow_nan=False).encode() + b"\n")
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """The same of whole lines."""
     with open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
             file.seek(end - 1)
             torn = file.read(1) != b"\n"
             file.write(b"\n" if torn else b"")
-        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        file.write(lines)
 
 
 def read(path: Path) -> Telemetry | None:
-    """The telemetry at `path`; None if there is none. Lines that a kill has torn are left out.
+    """The telemetry at `path`, and that of other hosts beside it; None if there is none at `path`.
 
-    Samples are observations beside the journal: losing one torn line changes no figure of the journal.
+    Lines that a kill has torn are left out: samples are observations beside the journal, and losing one changes no
+    figure of the journal.
     """
+    records = _records(path)
+    if records is None:
+        return None
+    found = {host: _records(file) or [] for host, file in files(path.parent).items()}
+    others = {
+        host: Telemetry(collect(in_rank_0_time(rows)).sessions, clocks=tuple(clocks_of(rows)))
+        for host, rows in found.items()
+    }
+    return Telemetry(collect(records).sessions, {host: each for host, each in others.items() if each.sessions})
+
+
+def _records(path: Path) -> list[dict[str, Any]] | None:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return None
-    return collect([record for line in lines if (record := _parsed(line)) is not None])
+    return [record for line in lines if (record := _parsed(line)) is not None]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -239,7 +269,7 @@ def collect(records: Sequence[Mapping[str, Any]]) -> Telemetry:
     """Sessions from a file's records in order; what stands before the first `start` has no context and is left out."""
     starts = [n for n, record in enumerate(records) if record["kind"] == "start"]
     sessions = []
-    for first, last in zip(starts, [*starts[1:], len(records)], strict=True):
+    for first, last in pairwise([*starts, len(records)]):
         rest = records[first + 1 : last]
         samples = tuple(record for record in rest if record["kind"] == "sample")
         events = tuple(record for record in rest if record["kind"] != "sample")

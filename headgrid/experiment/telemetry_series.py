@@ -1,6 +1,7 @@
 """Telemetry laid over the journal: the time windows of timed phases, and each counter as points that fall into them.
 
-Pure functions of records, without torch. Times are Unix seconds of the host of rank 0, lengths of the monotonic clock.
+Pure functions of records, without torch. Times are Unix seconds of the host of rank 0, lengths of the monotonic clock
+of the host itself.
 """
 
 from bisect import bisect_left, bisect_right
@@ -132,11 +133,17 @@ def rank_gpus(telemetry: Telemetry, records: Sequence[Record]) -> list[int]:
     return [row["index"] for row in rows if row["uuid"] in used] or [row["index"] for row in rows]
 
 
-def rank_pids(records: Sequence[Record]) -> dict[int, int]:
-    """The rank of each process id that a launch names on rank 0's host, which telemetry is of."""
+def rank_pids(records: Sequence[Record], host: int = 0) -> dict[int, int]:
+    """The rank of each process id that a launch names on a host."""
     found: dict[int, int] = {}
     for record in of_kind(records, "launch"):
         pids = record.get("pids") or []
         hosts = record.get("hosts") or [0] * len(pids)
-        found |= {pid: rank for rank, (pid, host) in enumerate(zip(pids, hosts, strict=True)) if host == hosts[0]}
+        found |= {pid: rank for rank, (pid, at) in enumerate(zip(pids, hosts, strict=True)) if at == host}
     return found
+
+
+def ranks_of_hosts(records: Sequence[Record]) -> dict[int, int]:
+    """How many ranks each host had, rank 0's first, by the newest launch; empty without a launch."""
+    hosts = [record.get("hosts") or [0] * record["ranks"] for record in of_kind(records, "launch")]
+    return {host: hosts[-1].count(host) for host in sorted(set(hosts[-1]))} if hosts else {}

@@ -7,8 +7,17 @@ from typing import Any
 
 from headgrid.experiment.ceilings import measured_ceilings
 from headgrid.experiment.records import Phase, Record, block_times, of_kind
-from headgrid.experiment.telemetry import COUNTERS, Telemetry
-from headgrid.experiment.telemetry_series import PHASES, Point, Timeline, points, rank_gpus, rank_pids, windows
+from headgrid.experiment.telemetry import COUNTERS, Session, Telemetry
+from headgrid.experiment.telemetry_series import (
+    PHASES,
+    Point,
+    Timeline,
+    points,
+    rank_gpus,
+    rank_pids,
+    ranks_of_hosts,
+    windows,
+)
 
 MAX_REPORTED_LATENESS = 1.5
 """Ticks further apart than this many periods count as late."""
@@ -20,18 +29,23 @@ def summarise_telemetry(
     """`telemetry` of summary.json; None if nothing was sampled.
 
     A figure is the mean over samples that lie wholly inside timed blocks of the arm, of the mean over the ranks' GPUs,
-    cores or processes; `sd` is over samples, which follow one another and are not independent. `n` counts them.
+    cores or processes of the host that was sampled; `sd` is over samples, which follow one another and are not
+    independent. `n` counts them. Ceilings are those of rank 0's host.
     """
     if telemetry is None or not telemetry.sessions:
         return None
-    timeline = Timeline(windows(records))
-    keys = _keys(telemetry, records)
-    by_counter = {name: _collected(points(telemetry, name), name, timeline, keys) for name in _reported()}
-    measured = measured_ceilings(design, telemetry, keys["gpu"])
-    ceilings = _ceilings(telemetry, keys["gpu"]) | measured
+    timeline, hosts = Timeline(windows(records)), telemetry.of_hosts()
+    keys = {host: _keys(each, records, host) for host, each in hosts.items()}
+    by_counter = {
+        name: _joined(_collected(points(each, name), name, timeline, keys[host]) for host, each in hosts.items())
+        for name in _reported()
+    }
+    measured = measured_ceilings(design, telemetry, keys[0]["gpu"])
+    ceilings = _ceilings(telemetry, keys[0]["gpu"]) | measured
     return {
-        **_sampling(telemetry),
-        "missing": [{"counter": name, "why": why} for name, why in sorted(telemetry.sessions[-1].missing.items())],
+        **_sampling([session for each in hosts.values() for session in each.sessions]),
+        **({"hosts": [_clock(host, each) for host, each in hosts.items()]} if len(hosts) > 1 else {}),
+        "missing": [{"counter": name, "why": why} for name, why in sorted(_missing(hosts).items())],
         "arms": [
             {
                 "label": arm["label"],
@@ -51,16 +65,47 @@ def summarise_telemetry(
     }
 
 
+def unsampled(records: Sequence[Record], telemetry: Telemetry | None) -> Iterator[str]:
+    """A sentence about the ranks of hosts of which there are no samples, in a run on several."""
+    ranks, sampled = ranks_of_hosts(records), telemetry.of_hosts() if telemetry is not None else {}
+    without = [host for host in ranks if host not in sampled]
+    if len(ranks) > 1 and without:
+        yield (
+            f"The ranks ran on {len(ranks)} hosts, and there are no samples of host{'s' * (len(without) > 1)}"
+            f" {', '.join(map(str, without))} with {sum(ranks[host] for host in without)} of the"
+            f" {sum(ranks.values())} ranks: these are unchecked."
+        )
+
+
 def _reported() -> list[str]:
     return [name for name, counter in COUNTERS.items() if counter.kind != "bits"]
 
 
-def _sampling(telemetry: Telemetry) -> dict[str, Any]:
+def _missing(hosts: Mapping[int, Telemetry]) -> dict[str, str]:
+    """Counters that did not answer, and why; of other hosts only what rank 0's does not say of its own."""
+    found: dict[str, str] = {}
+    for host, telemetry in hosts.items():
+        said = telemetry.sessions[-1].missing
+        found |= {name: f"host {host}: {why}" if host else why for name, why in said.items() if name not in found}
+    return found
+
+
+def _clock(host: int, telemetry: Telemetry) -> dict[str, Any]:
+    """A host's samples, and how far its clock was ahead of rank 0's: least, most, and the worst bound on the error."""
+    offsets = [clock["offset_s"] for clock in telemetry.clocks]
+    return {
+        "host": host,
+        "samples": sum(len(session.samples) for session in telemetry.sessions),
+        "clock_ahead_s": [min(offsets), max(offsets)] if offsets else None,
+        "clock_error_s": max((clock["error_s"] for clock in telemetry.clocks), default=None),
+    }
+
+
+def _sampling(sessions: Sequence[Session]) -> dict[str, Any]:
     """How the sampling itself went."""
-    sessions = telemetry.sessions
-    stops = [event for event in telemetry.events("stop")]
-    seconds = sum(stop["monotonic_s"] - session.start["monotonic_s"] for session, stop in _ended(telemetry))
-    spent = sum(stop["cpu_s"] for stop in stops)
+    ended = [(session, event) for session in sessions for event in session.events if event["kind"] == "stop"]
+    seconds = sum(stop["monotonic_s"] - session.start["monotonic_s"] for session, stop in ended)
+    spent = sum(stop["cpu_s"] for _, stop in ended)
     gaps = [
         after["monotonic_s"] - before["monotonic_s"]
         for session in sessions
@@ -74,26 +119,30 @@ def _sampling(telemetry: Telemetry) -> dict[str, Any]:
         "longest_gap_s": max(gaps, default=None),
         "sampler_cpu_share": spent / seconds if seconds else None,
         "sessions": len(sessions),
-        "failures": [event["why"] for event in telemetry.events("failed")],
+        "failures": [event["why"] for session in sessions for event in session.events if event["kind"] == "failed"],
     }
 
 
-def _ended(telemetry: Telemetry) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    for session in telemetry.sessions:
-        yield from ((session, event) for event in session.events if event["kind"] == "stop")
-
-
-def _keys(telemetry: Telemetry, records: Sequence[Record]) -> dict[str, set[int]]:
+def _keys(telemetry: Telemetry, records: Sequence[Record], at: int) -> dict[str, set[int]]:
     host = telemetry.sessions[-1].start["host"]
     return {
         "gpu": set(rank_gpus(telemetry, records)),
         "core": set(host["cores"]),
         "host": {0},
-        "process": set(rank_pids(records)),
+        "process": set(rank_pids(records, at)),
     }
 
 
 Collected = Mapping[tuple[str, Phase], list[float]]
+
+
+def _joined(found: Iterable[Collected]) -> Collected:
+    """The values of all hosts."""
+    values: dict[tuple[str, Phase], list[float]] = {}
+    for collected in found:
+        for where, each in collected.items():
+            values.setdefault(where, []).extend(each)
+    return values
 
 
 def _collected(found: Iterable[Point], name: str, timeline: Timeline, keys: Mapping[str, set[int]]) -> Collected:

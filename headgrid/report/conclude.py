@@ -39,7 +39,7 @@ def documents(folder: Path, run: str | None) -> Documents:
     sealed = seal(folder / "journal.jsonl")
     journal = {"records": sealed.records, "link": sealed.link}
     telemetry = read(folder / FILE)
-    made = summary_of(declared, records, telemetry) | {"run": run, "journal": journal}
+    made = summary_of(declared, records, telemetry, env) | {"run": run, "journal": journal}
     return Documents(declared, env, records, made, telemetry)
 
 

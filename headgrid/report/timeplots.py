@@ -195,7 +195,8 @@ def telemetry_over_time(
         if len(next(iter(panels.values()))) > 1:
             handles, labels = every[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, labelcolor=INK)
-        return finish(figure, name, _alternative(panels), marks), _telemetry_caption(turns, panels)
+        where = " Of rank 0's host alone." * bool(telemetry and telemetry.others)
+        return finish(figure, name, _alternative(panels), marks), _telemetry_caption(turns, panels) + where
 
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]

@@ -3,7 +3,8 @@
 The only place that reads or sets environment variables. Ranks come from a fork server that has torch loaded: 16 start
 in about a second, against a minute by spawning. They meet through a file, so no port is opened, and gloo is bound to
 the loopback interface. torchrun's ranks meet through its store, and gloo is bound to the interface that leads to the
-other hosts: left alone it listens where the host's own name resolves to, often the loopback interface.
+other hosts: left alone it listens where the host's own name resolves to, often the loopback interface. Processes of
+torchrun's that supervise (`crew`) start one rank each, which meet through that store, too.
 """
 
 import faulthandler
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -26,10 +27,12 @@ from typing import Any
 
 from headgrid.errors import HeadgridError, RankDied
 from headgrid.runtime.hosts import interface_of, is_loopback, local_address
-from headgrid.runtime.lifeline import lifeline
+from headgrid.runtime.lifeline import GRACE_S, lifeline
 from headgrid.runtime.meeting import Meeting, PeerLost, Place
 
 _TIMEOUT = timedelta(minutes=30)
+_STORE_GONE = timedelta(seconds=5)
+"""Within which a store that is still there answers a process that is about to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,21 @@ class Job:
     backend: str
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where the one rank sits that this process starts; the others are started by others of the launcher's.
+
+    They meet in the store at `address`, under a `prefix` that no other launch has. `interface`: gloo's; None as it is.
+    """
+
+    rank: int
+    local_rank: int
+    address: str
+    port: int
+    prefix: str
+    interface: str | None
+
+
 def joined_by_torchrun() -> bool:
     """Whether a launcher has already started this process as one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -50,6 +68,17 @@ def joined_by_torchrun() -> bool:
 def torchrun_rank() -> tuple[int, int]:
     """This process's rank and the number of ranks, as the launcher says."""
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def ranks_here(ranks: int) -> int:
+    """How many of so many ranks are on this host: all, but where a launcher has started them host by host.
+
+    At least 1, for what is divided by it.
+    """
+    if not joined_by_torchrun():
+        return ranks
+    here = place()
+    return max(1, min(ranks - here.first_of_host, here.local_ranks))
 
 
 def machine_environment() -> dict[str, str]:
@@ -72,11 +101,35 @@ def place() -> Place:
     )
 
 
-def _store() -> Any:
+def _store(timeout: timedelta = _TIMEOUT) -> Any:
     """The launcher's store; where it has none, rank 0 makes one."""
     from torch.distributed.rendezvous import rendezvous
 
-    return next(rendezvous("env://", timeout=_TIMEOUT))[0]
+    return next(rendezvous("env://", timeout=timeout))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """The processes that torchrun has started, once all are there: their store, what each said, gloo's interface."""
+
+    here: Place
+    store: Any
+    everyone: list[dict[str, Any]]
+    interface: str | None
+
+
+@contextmanager
+def met(backend: str, grace_s: float = GRACE_S) -> Iterator[Met]:
+    """Wait for all processes that torchrun started; inside the block each of them ends where another is lost.
+
+    Raises RankDied if some do not come or are lost on the way, and what another one has refused.
+    """
+    here, store = place(), _store()
+    everyone = Meeting(store, here).arrive()
+    told = backend != "gloo" or "GLOO_SOCKET_IFNAME" in os.environ
+    others = _other_hosts(here, everyone)
+    with lifeline(Meeting(store.clone(), here), others, grace_s=grace_s), losses_told(here.rank, here.ranks):
+        yield Met(here, store, everyone, None if told else interface_among(here, everyone))
 
 
 @contextmanager
@@ -87,16 +140,11 @@ def joined(backend: str) -> Iterator[None]:
     """
     import torch.distributed as dist
 
-    here, store = place(), _store()
-    meeting = Meeting(store, here)
-    everyone = meeting.arrive()
-    _use_device(here.local_rank, backend)
-    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_among(here, everyone)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-    others = _other_hosts(here, everyone)
-    with lifeline(Meeting(store.clone(), here), others), _losses_told(here):
+    with met(backend) as found:
+        here, store = found.here, found.store
+        _use_device(here.local_rank, backend)
+        if found.interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = found.interface
         ranks = {"store": store, "rank": here.rank, "world_size": here.ranks}
         dist.init_process_group(backend, **ranks, timeout=_TIMEOUT)
         try:
@@ -129,7 +177,7 @@ def _other_hosts(here: Place, everyone: list[dict[str, Any]]) -> list[int]:
 
 
 @contextmanager
-def _losses_told(here: Place) -> Iterator[None]:
+def losses_told(rank: int, ranks: int) -> Iterator[None]:
     """What torch raises where another rank is gone, as PeerLost."""
     from torch.distributed import DistError
 
@@ -140,7 +188,7 @@ def _losses_told(here: Place) -> Iterator[None]:
         if not isinstance(error, DistError) and "gloo" not in text.lower():
             raise
         raise PeerLost(
-            f"rank {here.rank} of {here.ranks} has lost another rank",
+            f"rank {rank} of {ranks} has lost another rank",
             numbers=" ".join(text.split())[:300],
             why="a rank ended before its work was done, or the network between the hosts is interrupted",
             command="see what the launcher says of the ranks on each host",
@@ -154,24 +202,11 @@ def settle(error: HeadgridError) -> tuple[HeadgridError | None, Callable[[], Non
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the ranks beside one that has ended
     try:
-        meeting = Meeting(_store(), place())
+        meeting = Meeting(_store(_STORE_GONE), place())
         return meeting.settle(error), meeting.told
-    except (RuntimeError, OSError):  # the store is gone with the launcher's first agent
-        return error, lambda: None
-
-
-def share_text(text: str) -> str:
-    """Rank 0's text on every rank of the default group."""
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    size = torch.tensor([len(data)], device=device)
-    dist.broadcast(size, 0)
-    data = data if dist.get_rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(data, 0)
-    return bytes(data.tolist()).decode()
+    except (RuntimeError, OSError):  # the store is gone with the launcher's first agent, as all ranks here will see
+        said_by_first = isinstance(error, PeerLost) and place().local_rank > 0
+        return None if said_by_first else error, lambda: None
 
 
 def call(job: Job, *more: Any) -> None:
@@ -205,29 +240,45 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _rank_main(rank: int, job: Job, folder: str) -> None:
+def _rank_main(rank: int, job: Job, folder: str, seat: Seat | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     _end_with_parent()
     log = open(Path(folder) / f"rank{rank}.log", "w", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
-    if job.backend == "gloo":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        with nullcontext() if seat is None else losses_told(rank, job.ranks):
+            _in_group(rank, job, folder, seat)
+    except HeadgridError as error:
+        said = {"block": error.block(), "code": error.exit_code, "lost": isinstance(error, PeerLost)}
+        (Path(folder) / f"rank{rank}.error").write_text(json.dumps(said))
+        raise
+    (Path(folder) / f"rank{rank}.done").touch()
+
+
+def _in_group(rank: int, job: Job, folder: str, seat: Seat | None) -> None:
+    """Do the job's work inside its process group."""
     import torch.distributed as dist
 
-    _use_device(rank, job.backend)
-    store = dist.FileStore(  # pyright: ignore[reportPrivateImportUsage]
-        str(Path(folder) / "store"), job.ranks
-    )
+    interface = seat.interface if seat is not None else "lo" if job.backend == "gloo" else None
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    _use_device(rank if seat is None else seat.local_rank, job.backend)
+    store = _meeting_place(Path(folder), job.ranks, seat)
     dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.ranks, timeout=_TIMEOUT)
-    try:
-        _call(job, rank, job.ranks)
-    except HeadgridError as error:
-        (Path(folder) / f"rank{rank}.error").write_text(json.dumps({"block": error.block(), "code": error.exit_code}))
-        raise
+    _call(job, rank, job.ranks)
     dist.destroy_process_group()
-    (Path(folder) / f"rank{rank}.done").touch()
+
+
+def _meeting_place(folder: Path, ranks: int, seat: Seat | None) -> Any:
+    """The store through which a job's ranks find each other: a file, or the launcher's under a name of its own."""
+    from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
+
+    if seat is None:
+        return FileStore(str(folder / "store"), ranks)
+    os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(ranks))
+    return PrefixStore(seat.prefix, TCPStore(seat.address, seat.port, is_master=False, timeout=_TIMEOUT))
 
 
 def _preload() -> Any:
@@ -236,25 +287,34 @@ def _preload() -> Any:
     return context
 
 
-def run(job: Job, *, on_poll: Callable[[], None] = lambda: None, log_to: Path | None = None) -> None:
-    """Start `job.ranks` ranks on this host and wait for them; `on_poll` is called several times a second.
+def run(
+    job: Job,
+    *,
+    on_poll: Callable[[], None] = lambda: None,
+    log_to: Path | None = None,
+    seat: Seat | None = None,
+    poll_s: float = 0.1,
+) -> None:
+    """Start `job.ranks` ranks on this host, or the one of a `seat`, and wait; `on_poll` is called every `poll_s`.
 
     Whatever happens (a rank dies, Ctrl-C, an error here), no process is left behind. Raises RankDied that names the
     first rank that died, or the rank's own HeadgridError. `log_to` receives the ranks' output.
     """
     context = _preload()
     folder = Path(tempfile.mkdtemp(prefix="headgrid-"))
-    ranks = [context.Process(target=_rank_main, args=(r, job, str(folder)), name=f"rank{r}") for r in range(job.ranks)]
+    numbers = range(job.ranks) if seat is None else (seat.rank,)
+    ranks = {r: context.Process(target=_rank_main, args=(r, job, str(folder), seat), name=f"rank{r}") for r in numbers}
     try:
-        for process in ranks:
+        for process in ranks.values():
             process.start()
-        while any(process.exitcode is None for process in ranks):
-            wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
-            _raise_if_dead(ranks, folder, log_to)
+        on_poll()
+        while any(process.exitcode is None for process in ranks.values()):
+            wait([process.sentinel for process in ranks.values() if process.exitcode is None], timeout=poll_s)
+            _raise_if_dead(ranks, job.ranks, folder, log_to)
             on_poll()
-        _raise_if_dead(ranks, folder, log_to)  # the last may have died since the loop looked
+        _raise_if_dead(ranks, job.ranks, folder, log_to)  # the last may have died since the loop looked
     finally:
-        for process in ranks:
+        for process in ranks.values():
             if process.pid is not None:
                 process.kill()
                 process.join()
@@ -263,8 +323,8 @@ def run(job: Job, *, on_poll: Callable[[], None] = lambda: None, log_to: Path | 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _raise_if_dead(ranks: list[Any], folder: Path, log_to: Path | None) -> None:
-    ended = [(r, process) for r, process in enumerate(ranks) if process.exitcode is not None]
+def _raise_if_dead(ranks: dict[int, Any], of: int, folder: Path, log_to: Path | None) -> None:
+    ended = [(r, process) for r, process in ranks.items() if process.exitcode is not None]
     dead = [(r, p) for r, p in ended if p.exitcode or not (folder / f"rank{r}.done").exists()]
     if not dead:
         return
@@ -273,13 +333,13 @@ def _raise_if_dead(ranks: list[Any], folder: Path, log_to: Path | None) -> None:
         error = folder / f"rank{r}.error"
         if error.exists():
             found = json.loads(error.read_text())
-            raise _Reported(found["block"], found["code"])
+            raise (_ReportedLoss if found["lost"] else _Reported)(found["block"], found["code"])
     r, process = min(dead, key=lambda found: found[1].exitcode)  # killed, or gone without a word, before who lost it
     how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with code {process.exitcode}"
     how += " before its work was done" if not process.exitcode else ""
     tail = _tail(folder / f"rank{r}.log")
     raise RankDied(
-        f"rank {r} of {len(ranks)} {how}",
+        f"rank {r} of {of} {how}",
         numbers=tail,
         why="perhaps the out-of-memory killer" if process.exitcode == -signal.SIGKILL else "",
         command=f"see {log_to / f'rank{r}.log'}" if log_to else "",
@@ -295,6 +355,10 @@ class _Reported(HeadgridError):
 
     def block(self) -> str:
         return self._block
+
+
+class _ReportedLoss(_Reported, PeerLost):
+    """The same of a rank that has lost another one."""
 
 
 def _tail(path: Path, lines: int = 1) -> str:

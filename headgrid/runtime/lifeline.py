@@ -21,7 +21,7 @@ from headgrid.runtime.meeting import Elsewhere, Meeting
 BEAT_S, SILENCE_S = 5.0, 60.0
 """How often each host says that it is there, and after what silence another host counts as lost."""
 GRACE_S = 2.0
-"""How long after a signal Python may take to end the rank by itself; after another rank's end twice that."""
+"""How long after a signal Python may take to end a rank by itself."""
 LOOK_S = 1.0
 INTERRUPTED = 130
 
@@ -68,17 +68,23 @@ class _Hosts:
 
 @contextmanager
 def lifeline(
-    meeting: Meeting, others: Sequence[int], *, beat_s: float = BEAT_S, silence_s: float = SILENCE_S
+    meeting: Meeting,
+    others: Sequence[int],
+    *,
+    beat_s: float = BEAT_S,
+    silence_s: float = SILENCE_S,
+    grace_s: float = GRACE_S,
 ) -> Iterator[None]:
     """Inside the block this process ends, whatever it waits for, after SIGINT or SIGTERM or the loss of a host.
 
     `others` are the first ranks of the other hosts; only ranks that are the first of theirs look after them.
+    `grace_s`: how long after a signal Python may take to end the process by itself; after another's end twice that.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
     hosts = _Hosts(meeting, others, beat_s) if others and meeting.place.local_rank == 0 else None
     before = signal.set_wakeup_fd(write)
-    watch = threading.Thread(target=_watch, args=(read, meeting, hosts, silence_s), daemon=True)
+    watch = threading.Thread(target=_watch, args=(read, meeting, hosts, silence_s, grace_s), daemon=True)
     watch.start()
     try:
         yield
@@ -92,31 +98,36 @@ def lifeline(
         os.close(write)
 
 
-def _watch(read: int, meeting: Meeting, hosts: _Hosts | None, silence_s: float) -> None:
+def _watch(read: int, meeting: Meeting, hosts: _Hosts | None, silence_s: float, grace_s: float) -> None:
     while True:
         ready, _, _ = select.select([read], [], [], LOOK_S if hosts is not None else None)
         told = os.read(read, 1) if ready else b""
         if told == b"\0":
             return
         if told and told[0] in (signal.SIGINT, signal.SIGTERM):
-            _after_signal(read, meeting)
+            _after_signal(read, meeting, grace_s)
             return
         if hosts is not None:
-            _look_at(hosts, silence_s, meeting.place.ranks)
+            _look_at(hosts, silence_s, grace_s, meeting.place.ranks)
 
 
-def _after_signal(read: int, meeting: Meeting) -> None:
+def _after_signal(read: int, meeting: Meeting, grace_s: float) -> None:
     """Let Python end the rank, or else end it."""
-    with suppress(Exception):
-        meeting.leave(Ended("was ended by a signal, its launcher's or a user's"), lost=True)
-    ready, _, _ = select.select([read], [], [], GRACE_S)
+    ended = Ended("was ended by a signal, its launcher's or a user's")
+    threading.Thread(target=_say, args=(meeting, ended), daemon=True).start()  # it waits where the network is gone
+    ready, _, _ = select.select([read], [], [], grace_s)
     if not ready or b"\0" not in os.read(read, 64):
         os._exit(INTERRUPTED)
 
 
-def _look_at(hosts: _Hosts, silence_s: float, ranks: int) -> None:
+def _say(meeting: Meeting, ended: Ended) -> None:
+    with suppress(Exception):
+        meeting.leave(ended, lost=True)
+
+
+def _look_at(hosts: _Hosts, silence_s: float, grace_s: float, ranks: int) -> None:
     """End this process if other ranks have ended and it still waits for them, or if their host is silent."""
-    if hosts.failure is not None and time.monotonic() - hosts.failure[0] > 2 * GRACE_S:
+    if hosts.failure is not None and time.monotonic() - hosts.failure[0] > 2 * grace_s:
         _end(hosts.failure[1])
     lost = hosts.silent(silence_s)
     if lost:

@@ -64,10 +64,11 @@ class Meeting:
     def _key(self, *parts: object) -> str:
         return "/".join(map(str, ("headgrid", self.place.attempt, *parts)))
 
-    def _set(self, value: Any, *key: object) -> None:
+    def put(self, value: Any, *key: object) -> None:
+        """Set a value that all ranks can see; JSON, at most some MiB of it."""
         self._store.set(self._key(*key), json.dumps(value))
 
-    def _get(self, *key: object) -> Any:
+    def find(self, *key: object) -> Any:
         """A value that another rank has set, None if it has not."""
         name = self._key(*key)
         return json.loads(self._store.get(name)) if self._store.check([name]) else None
@@ -78,13 +79,13 @@ class Meeting:
         Raises Elsewhere if a rank has failed instead, RankDied that names those who have not come in time.
         """
         address = local_address(self.place.address, self.place.port)
-        self._set({"host": host_id(), "address": address}, "arrived", self.place.rank)
+        self.put({"host": host_id(), "address": address}, "arrived", self.place.rank)
         there: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + timeout_s
         while len(there) < self.place.ranks:
             self._raise_failure()
             missing = [rank for rank in range(self.place.ranks) if rank not in there]
-            there |= {rank: found for rank in missing if (found := self._get("arrived", rank)) is not None}
+            there |= {rank: found for rank in missing if (found := self.find("arrived", rank)) is not None}
             if len(there) < self.place.ranks and time.monotonic() > deadline:
                 missing = [rank for rank in missing if rank not in there]
                 raise RankDied(
@@ -99,7 +100,7 @@ class Meeting:
         """What ranks have told of their ends, causes before consequences."""
         if not self._store.check([self._key("failures")]):
             return []
-        found = [self._get("failed", rank) for rank in range(self.place.ranks)]
+        found = [self.find("failed", rank) for rank in range(self.place.ranks)]
         return sorted(filter(None, found), key=lambda each: (each["lost"], each["rank"]))
 
     def _raise_failure(self) -> None:
@@ -109,7 +110,7 @@ class Meeting:
     def leave(self, error: HeadgridError, *, lost: bool) -> None:
         """Tell all ranks that this one ends before its work is done. `lost`: it may be for what another one did."""
         failure = {"rank": self.place.rank, "block": error.block(), "code": error.exit_code, "lost": lost}
-        self._set(failure, "failed", self.place.rank)
+        self.put(failure, "failed", self.place.rank)
         self._store.add(self._key("failures"), 1)
 
     def first_failure(self) -> Elsewhere | None:
@@ -125,27 +126,31 @@ class Meeting:
             self.leave(error, lost=lost)
         if place.local_rank == 0:
             if lost:
-                error = self._cause() or error
+                error = self.cause() or error
             return error
-        _until(lambda: self._get("told", place.first_of_host) is not None, TELLING_S)
-        return None if self._get("told", place.first_of_host) else error
+        _until(lambda: self.find("told", place.first_of_host) is not None, TELLING_S)
+        return None if self.find("told", place.first_of_host) else error
 
     def told(self) -> None:
         """Say that this host's first rank has shown the failure."""
-        self._set(True, "told", self.place.rank)
+        self.put(True, "told", self.place.rank)
 
-    def _cause(self) -> HeadgridError | None:
+    def cause(self) -> Elsewhere | None:
         """What another rank said before it was lost, with its number; None if it said nothing."""
         _until(lambda: any(not each["lost"] for each in self._failures()), TELLING_S / 3)
         return self.first_failure() if any(not each["lost"] for each in self._failures()) else None
 
+    def forget(self, *key: object) -> None:
+        """Take a value away that every rank which needs it has seen."""
+        self._store.delete_key(self._key(*key))
+
     def beat(self, count: int) -> None:
         """Say that this host is still there, for the `count`-th time."""
-        self._set(count, "beat", self.place.first_of_host)
+        self.put(count, "beat", self.place.first_of_host)
 
     def beat_of(self, first_of_host: int) -> int:
         """How often another host has said so."""
-        return self._get("beat", first_of_host) or 0
+        return self.find("beat", first_of_host) or 0
 
 
 def _until(happened: Callable[[], bool], timeout_s: float) -> None:

@@ -5,141 +5,94 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from clusters import HERE, SMALL, Cluster, check, ended, eventually, journal
 from crossing_work import MODEL, WORKLOAD
 from lost_work import SILENCE_S
-from two_hosts import CABLES, Host, Refused, Started, two_hosts
+from odd_hosts import clock_ahead, own_cpu
+from two_hosts import CABLES
 
+from headgrid.experiment.telemetry import read
 from headgrid.layout.layout import parse_layout
 from headgrid.layout.placement import across_bytes
 from headgrid.layout.traffic import prefill_collectives
+from headgrid.report.conclude import documents
 
-HERE = Path(__file__).parent
-SMALL = ("--model", "tiny", "--batch", "4", "--seq", "16", "--decode-steps", "2", "--device", "cpu")
 HOSTS_OF_RANKS = (0, 0, 1, 1)
-LIMIT_S = 240
-"""For whatever must end: many times what it takes on an idle machine."""
+AHEAD_S = 5000.0
 
 
-@dataclass
-class Cluster:
-    """Both hosts, with a folder each."""
-
-    hosts: tuple[Host, Host]
-    folders: tuple[Path, Path]
-
-    def torchrun(self, *command: str, ranks: int = 2, port: int, only: Sequence[int] = (0, 1)) -> list[Started]:
-        """The same command on each host, by static rendezvous at the first one's address."""
-        first = ("--master-addr", self.hosts[0].address, "--master-port", str(port))
-        return [self.start(index, "--nproc-per-node", str(ranks), *first, *command) for index in only]
-
-    def start(self, index: int, *command: str) -> Started:
-        """torchrun on one host."""
-        head = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(index))
-        environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
-        return self.hosts[index].start([*head, *command], self.folders[index], environment)
-
-    def left(self) -> list[int]:
-        """Processes on either host."""
-        return [pid for host in self.hosts for pid in host.processes()]
-
-    def settled(self) -> bool:
-        """Whether nothing runs any more; waits a moment for what is about to end."""
-        return eventually(lambda: not self.left(), 20)
-
-
-def eventually(happened: Callable[[], object], timeout_s: float = LIMIT_S) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not happened():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def ended(started: Sequence[Started]) -> list[int]:
-    """Exit codes, once all have ended."""
-    return [each.process.wait(LIMIT_S) for each in started]
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
-    try:
-        with two_hosts(tmp_path_factory.mktemp("names")) as pair:
-            yield pair
-    except Refused as refused:
-        pytest.skip(f"no second host can be made on this machine: {refused}")
-
-
-@pytest.fixture
-def cluster(hosts: tuple[Host, Host], tmp_path: Path) -> Iterator[Cluster]:
-    folders = tmp_path / "first", tmp_path / "second"
-    for folder in folders:
-        folder.mkdir()
-    yield Cluster(hosts, folders)
-    for host in hosts:
-        host.clear()
-
-
-def journal(folder: Path) -> list[dict]:
-    path = next(iter(folder.glob("runs/*/journal.jsonl")), None)
-    lines = path.read_text().splitlines(keepends=True) if path is not None else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def check(run: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "headgrid", "check", str(run)], capture_output=True, text=True)
-
-
-def rank_process(host: Host, rank: int) -> int:
-    """The process of a rank."""
-    return next(
-        pid for pid in host.processes() if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{pid}/environ').read_text()}"
-    )
-
-
-def test_a_comparison_that_lost_a_rank_is_complete_when_resumed(cluster: Cluster) -> None:
+def test_a_comparison_that_lost_a_rank_is_complete_when_resumed(cluster: Cluster, tmp_path: Path) -> None:
+    """In two launches; the second host's clock is wrong, and it alone has others' load."""
     first, second = cluster.folders
-    command = ("-m", "headgrid", "compare", *SMALL, "--arms", "n2m2:batch,n1m4:batch", "--blocks", "2", "--json")
-    started = cluster.torchrun(*command, port=29601)
-    assert eventually(lambda: any(each["kind"] == "launch" for each in journal(first)))
-    os.kill(rank_process(cluster.hosts[1], 3), signal.SIGKILL)
-    assert 0 not in ended(started) and cluster.settled()
-    said = ("has lost another rank", "was ended by a signal")  # by whether it was in a collective or about to begin one
-    assert started[0].err.count("error: ") == 1 and any(each in started[0].err for each in said), started[0].err[-3000:]
-    assert "Signal 9 (SIGKILL)" in started[1].err  # torchrun's words for its own rank
+    command = ("-m", "headgrid", "compare", *SMALL, "--arms", "n2m2:batch,n1m4:batch", "--blocks", "2")
+    cluster.paths[1] = clock_ahead(tmp_path / "ahead", AHEAD_S)
+    with own_cpu(tmp_path / "stat0", 0.0, 0.0) as idle, own_cpu(tmp_path / "stat1", 0.6, 0.4) as loaded:
+        cluster.before = (idle, loaded)
+        started = cluster.torchrun(*command, "--launches", "2", "--no-breakdown", port=29601)
+        assert eventually(lambda: any(each["kind"] == "block" for each in journal(first)))
+        os.kill(next(each["pids"][3] for each in journal(first) if each["kind"] == "launch"), signal.SIGKILL)
+        assert 0 not in ended(started) and cluster.settled()
+        for each in started:
+            assert each.err.count("error: ") == 1 and "rank 3 of 4 was killed by signal 9" in each.err, each.err[-3000:]
+        run = next(first.glob("runs/*"))
+        cut = read(run / "telemetry.jsonl")
+        assert cut is not None and cut.of_hosts().keys() == {0, 1}  # what the second host had sampled was brought
 
-    run = next(first.glob("runs/*"))
-    resumed = ("-m", "headgrid", "compare", "--device", "cpu", "--resume", str(run), "--json")
-    started = cluster.torchrun(*resumed, port=29602)
-    assert ended(started) == [0, 0], started[0].err[-3000:] + started[1].err[-3000:]
-    assert not list(second.iterdir()) or not (second / "runs").exists()
+        resumed = ("-m", "headgrid", "compare", "--device", "cpu", "--no-breakdown", "--resume", str(run), "--json")
+        started = cluster.torchrun(*resumed, port=29602)
+        assert ended(started) == [0, 0], started[0].err[-3000:] + started[1].err[-3000:]
+    assert cluster.settled() and not (second / "runs").exists()
     answers = [line for each in started for line in each.out.splitlines() if line.startswith("{")]
     summary = json.loads(answers[0])
     assert len(answers) == 1 and summary["complete"] and all(arm["verified"] for arm in summary["arms"])
+    assert len({tuple(each["pids"]) for each in journal(first) if each["kind"] == "launch"}) == 3
     _is_placed(run, summary)
+    _is_sampled(run, summary)
     done = check(run)
     assert done.returncode == 0, done.stdout + done.stderr
     _tampered_crossings_are_found(run)
 
 
+def _is_sampled(run: Path, summary: dict) -> None:
+    """Both hosts, in one time; what only the second one saw is said of it, and is gone without its samples."""
+    second = summary["telemetry"]["hosts"][1]
+    low_s, high_s = second["clock_ahead_s"]
+    error_s = second["clock_error_s"]
+    assert low_s - error_s <= AHEAD_S <= high_s + error_s and error_s < 1, second
+    found = {row["code"]: row["example"] for row in summary["isolation"]["findings"]}
+    assert found["CPU_STEAL"].startswith("host 1: ") and found["CPU_FOREIGN_LOAD"].startswith("host 1: "), found
+    assert "no sampler ran" not in found.get("TELEMETRY_GAP", "")
+    assert not any("unchecked" in each for each in summary["warnings"])
+
+    copy = run.with_name("unshifted")
+    shutil.copytree(run, copy)
+    samples = copy / "telemetry-1.jsonl"
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    unshifted = [{**each, "offset_s": 0.0} if each["kind"] == "clock" else each for each in lines]
+    samples.write_text("".join(json.dumps(each) + "\n" for each in unshifted))
+    found = {row["code"]: row["example"] for row in documents(copy, None).summary["isolation"]["findings"]}
+    assert "CPU_STEAL" not in found and "host 1: no sampler ran" in found["TELEMETRY_GAP"], found
+    samples.unlink()
+    summary = documents(copy, None).summary
+    assert not {"CPU_STEAL", "CPU_FOREIGN_LOAD"} & {row["code"] for row in summary["isolation"]["findings"]}
+    assert any("no samples of host 1 with 2 of the 4 ranks" in each for each in summary["warnings"])
+    assert {row["why"] for row in summary["isolation"]["unchecked"]} >= {"host 1: no telemetry was sampled"}
+    done = check(copy)  # whose summary.json still has its samples
+    assert done.returncode == 65 and "summary.figures" in done.stdout, done.stdout
+
+
 def _is_placed(run: Path, summary: dict) -> None:
     """Each rank's host is in the journal, without its name; only n1m4 has its slices apart."""
-    text = (run / "journal.jsonl").read_text() + json.dumps(summary)
+    text = (run / "journal.jsonl").read_text() + (run / "env.json").read_text() + json.dumps(summary)
+    assert [each["host"] for each in json.loads((run / "env.json").read_text())["hosts"]] == [1]
     assert "first-host" not in text and "second-host" not in text
     records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     assert all(each["hosts"] == list(HOSTS_OF_RANKS) for each in records if each["kind"] == "launch")
     apart = [each for each in summary["warnings"] if each.startswith("The slice axis of")]
     assert len(apart) == 1 and "n1m4:batch spans hosts: 4 slices of every head, and hosts of 2 ranks" in apart[0]
-    assert any("2 of the 4 ranks: the others are unchecked" in each for each in summary["warnings"])
     slices = {
         each["arm"]: row["across_bytes"]
         for each in records

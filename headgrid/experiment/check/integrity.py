@@ -64,7 +64,7 @@ def summary_figures(run: Run) -> Outcome:
     if run.summary is None:
         yield Note("there is no summary.json yet: `headgrid report` makes it")
         return
-    made = json.loads(json.dumps(summary_of(run.design, run.records, run.telemetry)))
+    made = json.loads(json.dumps(summary_of(run.design, run.records, run.telemetry, run.env)))
     kept = {key: value for key, value in run.summary.items() if key not in ("run", "journal")}
     older = not run.chained and not run.same_version
     made.pop("run", None)

@@ -112,11 +112,12 @@ def _inputs(run: Run, launches: Iterable[Record]) -> Iterator[Finding | Note]:
 
 
 def devices(run: Run) -> Outcome:
-    """The ranks' devices are those of the environment, which is that of rank 0's host."""
+    """The ranks' devices are those of the environment: rank 0's host's, and those of other hosts that it has."""
     design = run.design
     if design["backend"] != {"cuda": "nccl", "cpu": "gloo"}[design["device"]]:
         yield Finding("identity.devices", "design.json", f"{design['backend']} on {design['device']}")
-    present = [gpu["name"] for gpu in run.env.get("gpus", [])]
+    environments = {0: run.env} | {each["host"]: each for each in run.env.get("hosts", [])}
+    present = {host: {gpu["name"] for gpu in each.get("gpus", [])} for host, each in environments.items()}
     for record in of_kind(run.records, "launch"):
         names = record["device_names"]
         if len(names) != design["ranks"]:
@@ -126,10 +127,11 @@ def devices(run: Run) -> Outcome:
         hosts = record.get("hosts") or [0] * len(names)
         if list(host_numbers(hosts)) != hosts or len(hosts) != design["ranks"]:
             yield Finding("identity.devices", f"launch {record['launch']}", f"hosts of ranks: {hosts}")
-        here = {name for name, host in zip(names, hosts, strict=False) if not host}
-        if design["device"] == "cuda" and not here <= set(present):
-            what = f"ran on {', '.join(sorted(here))}; env.json has {', '.join(sorted(set(present))) or 'no GPU'}"
-            yield Finding("identity.devices", f"launch {record['launch']}", what)
+        for at, there in present.items() if design["device"] == "cuda" else ():
+            here = {name for name, host in zip(names, hosts, strict=False) if host == at}
+            if not here <= there:
+                what = f"ran on {', '.join(sorted(here))}; env.json has {', '.join(sorted(there)) or 'no GPU'}"
+                yield Finding("identity.devices", f"launch {record['launch']}", what)
         if design["device"] == "cpu" and set(names) != {"cpu"}:
             yield Finding("identity.devices", f"launch {record['launch']}", f"a CPU run on {names[0]}")
 

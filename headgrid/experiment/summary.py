@@ -8,6 +8,7 @@ from headgrid.experiment.breakdown.summary import summarise_breakdown
 from headgrid.experiment.ceilings import summarise_ceilings, unsettled
 from headgrid.experiment.isolation import judge, sentences
 from headgrid.experiment.records import Record
+from headgrid.experiment.reruns import summarise_pilot
 from headgrid.experiment.stats import summarise
 from headgrid.experiment.telemetry import Telemetry
 from headgrid.experiment.telemetry_summary import summarise_telemetry
@@ -19,6 +20,7 @@ def summary_of(design: Mapping[str, Any], records: Sequence[Record], telemetry: 
     `telemetry` is what `headgrid.experiment.telemetry.read` found in the run folder; None without any.
     """
     summary, isolation = summarise(design, records), judge(design, records, telemetry)
+    summary |= summarise_pilot(design, records, summary["comparisons"])
     summary["warnings"] += sentences(isolation)
     ceilings = summarise_ceilings(design, records, summary["arms"])
     summary["warnings"] += unsettled(ceilings)

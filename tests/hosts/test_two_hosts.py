@@ -22,7 +22,20 @@ from headgrid.layout.placement import across_bytes
 from headgrid.layout.traffic import prefill_collectives
 
 HERE = Path(__file__).parent
-SMALL = ("--model", "tiny", "--batch", "4", "--seq", "16", "--decode-steps", "2", "--device", "cpu")
+SMALL = (
+    "--model",
+    "tiny",
+    "--batch",
+    "4",
+    "--seq",
+    "16",
+    "--decode-steps",
+    "2",
+    "--device",
+    "cpu",
+    "--block-seconds",
+    "0.02",
+)
 HOSTS_OF_RANKS = (0, 0, 1, 1)
 LIMIT_S = 240
 """For whatever must end: many times what it takes on an idle machine."""

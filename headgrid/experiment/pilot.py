@@ -12,25 +12,31 @@ than the pilot lasts is seen at all. So tau counts only where the first autocorr
 go on allowing for blocks that depend (`confidence`). No torch in here.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.records import Record
-from headgrid.experiment.sentinel_bands import KINDS, Band, band
+from headgrid.experiment.sentinel_bands import BAND_MADS, KINDS, Band, band
 
 WINDOW = 5.0
 """Sokal's c: W >= c tau. Where correlations decay exponentially the bias is about exp(-c), the SD of the estimate tau
 times sqrt(2 (2 W + 1) / n)."""
+MOST_LAGS = 1000
+"""In a series that only drifts no window would end before."""
 INDEPENDENT = 0.5
 """The time of independent turns, and the least that is told: of turns that alternate it is smaller, and asks for
 nothing."""
 SHOWN_Z, LEAST_SERIES = 2.0, 12
 """The first autocorrelation of so many turns at least is beyond chance at 2/sqrt(n) (Bartlett; 2.3 % by chance)."""
+
+LEAST_READINGS, FEW_READINGS = 7, 80.0
+"""Bands of n readings have 5 (1 + 80/n^2) SDs: of Gaussian noise one reading in a thousand is out, whether n is 7 or 25
+(simulated); at 5 SDs it would be one in 60 of 8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +45,7 @@ class PilotRule:
 
     turns: int = 24
     least_turns: int = 4
-    """With the reading before the first that makes 5 of each sentinel, of which a band can be told."""
+    """With the readings of the warm-up that makes enough for a band."""
     most_s: float = 5.0
     """Of long turns only so many as fit, by the first one's time, and `least_turns`."""
     block_s: float = 0.25
@@ -93,8 +99,8 @@ def tau_int(values: Sequence[float]) -> float:
     off = [value - mean for value in values]
     spread = sum(value * value for value in off)
     tau = INDEPENDENT
-    for lag in range(1, len(off) // 2 + 1) if spread else ():
-        tau += sum(a * b for a, b in zip(off, off[lag:], strict=False)) / spread
+    for lag in range(1, min(MOST_LAGS, len(off) // 2) + 1) if spread else ():
+        tau += sum(map(mul, off, off[lag:])) / spread
         if lag >= WINDOW * tau:
             break
     return max(INDEPENDENT, tau)
@@ -107,8 +113,7 @@ def is_shown(values: Sequence[float]) -> bool:
     mean = fmean(values)
     off = [value - mean for value in values]
     spread = sum(value * value for value in off)
-    first = sum(a * b for a, b in itertools.pairwise(off))
-    return first > SHOWN_Z / math.sqrt(len(values)) * spread
+    return sum(map(mul, off, off[1:])) > SHOWN_Z / math.sqrt(len(values)) * spread
 
 
 def settle(rule: PilotRule, prefill_s: Sequence[float], decode_s: Sequence[float]) -> Settled:
@@ -127,8 +132,15 @@ def pilot_of(records: Sequence[Record]) -> Record | None:
 
 
 def pilot_bands(pilot: Record) -> dict[str, Band]:
-    """The bands that a pilot's readings give, by which blocks are run again."""
-    return {kind: band(pilot["sentinels"][kind]) for kind in KINDS}
+    """The bands that the readings up to the pilot's end give, by which blocks are run again; of too few none.
+
+    They are wider the fewer the readings: the median deviation of a dozen is often far too small.
+    """
+    number = min(len(pilot["sentinels"][kind]) for kind in KINDS)
+    if number < LEAST_READINGS:
+        return {}
+    mads = BAND_MADS * (1 + FEW_READINGS / number**2)
+    return {kind: band(pilot["sentinels"][kind], mads) for kind in KINDS}
 
 
 def out_of_band(bands: Mapping[str, Band], read: Sequence[Mapping[str, Sequence[float]]]) -> list[tuple[str, float]]:

@@ -75,12 +75,12 @@ def bands(found: Sequence[Reading]) -> dict[str, Band]:
     return {kind: band([reading.seconds[kind] for reading in timed]) for kind in KINDS}
 
 
-def band(seconds: Sequence[float]) -> Band:
+def band(seconds: Sequence[float], mads: float = BAND_MADS) -> Band:
     """Of readings of one sentinel. In the logarithm: times of busy machines are skewed."""
     logs = [math.log(value) for value in seconds]
     middle = median(logs)
     spread = _SD_OF_MAD * median(abs(value - middle) for value in logs)
-    half = max(BAND_MADS * spread, math.log1p(LEAST_BAND))
+    half = max(mads * spread, math.log1p(LEAST_BAND))
     return Band(math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(logs))
 
 

@@ -40,6 +40,7 @@ class Timing:
         self._again: list[int] = list(payload.get("again", ()))
         self._sentinels = Sentinels(launch.device, launch.dtype)
         self._reading: dict[str, list[float]] = {}
+        self._warm: list[dict[str, list[float]]] = []
 
     def run(self) -> dict[str, list[float]]:
         """Every block that is not done yet. The sentinels as they were read behind the last turn."""
@@ -59,6 +60,7 @@ class Timing:
         What the arms took has no part in that.
         """
         read = self._try(block, arms, retry=0)
+        self._warm += read[1:] if block < self._launch.design.protocol.warmup_blocks else []
         if self._is_due_again(block, read):
             self._launch.record("rerun", block=block, attempt=self._launch.attempt, sentinels=self._reading)
             self._again.append(block)
@@ -87,7 +89,7 @@ class Timing:
         baseline = next(arm for arm in launch.design.arms if arm.role == "baseline")
         if rule is None or self._pilot or launch.index or self._done or baseline not in self._arms:
             return
-        engine, read = self._engines[baseline.layout], [self._reading]
+        engine, read = self._engines[baseline.layout], self._warm or [self._reading]
         turns = [self._turn(engine)]
         due = rule.turns_due(max(turns[0].prefill_s) + max(turns[0].decode_s))
         while len(turns) < due:

@@ -120,7 +120,7 @@ def records(plan: Design, env_sha256: str) -> list[Record]:
             examine(plan, draw, record, layout, launch)
         for block, order in enumerate(plan.order[launch]):
             if block == plan.protocol.warmup_blocks and launch == 0:
-                run_pilot(plan, draw, record)
+                run_pilot(plan, draw, record, [each["sentinels"] for each in found if each["kind"] == "block"])
             turns = next((each["turns"] for each in found if each["kind"] == "pilot"), 1)
             again = (launch, block) == RERUN
             for retry in range(1 + again):
@@ -172,7 +172,7 @@ def sentinels(draw: random.Random, odd: float = 1.0) -> Record:
     return {kind: [round(seconds * draw.gauss(1, 2e-3), 9) for _ in range(4)] for kind, seconds in usual.items()}
 
 
-def run_pilot(plan: Design, draw: random.Random, record: Any) -> None:
+def run_pilot(plan: Design, draw: random.Random, record: Any, warm: list[Record]) -> None:
     assert plan.protocol.pilot is not None
     baseline = plan.arms[0]
     times = {
@@ -180,7 +180,7 @@ def run_pilot(plan: Design, draw: random.Random, record: Any) -> None:
         for phase, usual in (("prefill_s", PREFILL_S), ("decode_s", DECODE_S))
     }
     read = [sentinels(draw) for _ in range(5)]
-    slowest = {kind: [max(each[kind]) for each in read] for kind in read[0]}
+    slowest = {kind: [max(each[kind]) for each in (*warm[1:], *read)] for kind in read[0]}
     took = sum(map(sum, (*times.values(), *slowest.values()))) + 0.02
     outcome = settle(plan.protocol.pilot, **times)._asdict()
     record("pilot", took, attempt=0, arm=baseline.label, **times, sentinels=slowest, **outcome)

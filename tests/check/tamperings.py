@@ -457,8 +457,12 @@ FORGED: dict[str, tuple[Callable[[Documents], None], str]] = {
     "the better try alone": (better_try, "time.blocks"),
     "run again without a cause": (quiet, "blocks.rerun"),
     "a band that nothing is out of": (
-        each("pilot", lambda r: r["sentinels"].update(gemm_s=[2.1e-3, 2.7e-3, 2.1e-3, 2.7e-3, 2.4e-3])),
+        each("pilot", lambda r: r["sentinels"].update(gemm_s=[2e-3 + 1.3e-4 * n for n in range(10)])),
         "blocks.rerun",
+    ),
+    "other readings of the warm-up": (
+        each("pilot", lambda r: r["sentinels"]["gemm_s"].__setitem__(0, 3e-3)),
+        "pilot.outcome",
     ),
     "called to be run again elsewhere": (each("rerun", lambda r: r.update(block=2)), "blocks.rerun"),
     "a field missing": (each("verify", lambda r: r.pop("greedy"), arm="tp4"), "malformed"),

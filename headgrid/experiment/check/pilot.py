@@ -1,7 +1,7 @@
 """Was the length of blocks what the pilot gives, and were the blocks run again that the rule says, and no others?"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from headgrid.experiment.check.clocks import CLOCK_READ_S
@@ -37,7 +37,9 @@ def pilot(run: Run) -> Outcome:
             what = f"is of {record['arm']} behind {len(early)} timed turns; the baseline's, in front of all, is due"
             yield Finding("pilot.declared", where, what)
         yield from _made_again(rule, record, where)
-        took_s, passed_s = sum(map(sum, _times(record))), record["time_s"] - run.records[place - 1]["time_s"]
+        yield from _warm_readings(run.records[:place], record, where)
+        own = [values[-len(record["prefill_s"]) - 1 :] for values in _times(record)]
+        took_s, passed_s = sum(map(sum, own)), record["time_s"] - run.records[place - 1]["time_s"]
         if took_s > passed_s + CLOCK_READ_S * (1 + took_s):
             yield Finding("pilot.outcome", where, f"its turns took {took_s:.4f} s within {passed_s:.4f} s")
 
@@ -50,8 +52,8 @@ def _made_again(rule: PilotRule, record: Record, where: str) -> Iterator[Finding
     """Its number of turns, its readings, and what was decided by them."""
     times = [record[f"{phase}_s"] for phase in PHASES]
     due = rule.turns_due(times[0][0] + times[1][0])
-    if any(len(series) != due for series in times) or any(len(record["sentinels"][kind]) != due + 1 for kind in KINDS):
-        yield Finding("pilot.outcome", where, f"{len(times[0])} turns with readings between them; {due} are due")
+    if any(len(series) != due for series in times):
+        yield Finding("pilot.outcome", where, f"{len(times[0])} turns; {due} are due")
         return
     if min(min(series) for series in _times(record)) <= 0:
         yield Finding("pilot.outcome", where, "holds what is no time")
@@ -62,6 +64,16 @@ def _made_again(rule: PilotRule, record: Record, where: str) -> Iterator[Finding
             yield Finding("pilot.outcome", where, f"states {name} {record[name]}, its turns give {value}")
     if record["tau_int"] < INDEPENDENT:
         yield Finding("pilot.outcome", where, f"states tau_int {record['tau_int']}, which no series has")
+
+
+def _warm_readings(records: Sequence[Record], record: Record, where: str) -> Iterator[Finding]:
+    """Its readings are those behind each warm-up turn of the attempt, then one behind each turn of its own."""
+    begun = max(n for n, each in enumerate(records) if each["kind"] == "launch")
+    warm = [each["sentinels"] for each in of_kind(records[begun:], "block")]
+    for kind in KINDS:
+        found, told = record["sentinels"][kind], [max(each[kind]) for each in warm[1:]]
+        if len(found) != max(1, len(warm)) + len(record["prefill_s"]) or found[: len(told)] != told:
+            yield Finding("pilot.outcome", where, f"{kind} has other readings than warm-up and pilot give")
 
 
 def turns(run: Run) -> Outcome:

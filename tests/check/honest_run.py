@@ -119,10 +119,10 @@ def records(plan: Design, env_sha256: str) -> list[Record]:
         for layout in plan.layouts:
             examine(plan, draw, record, layout, launch)
         for block, order in enumerate(plan.order[launch]):
-            if block == plan.protocol.warmup_blocks and launch == 0:
+            if plan.protocol.pilot and block == plan.protocol.warmup_blocks and launch == 0:
                 run_pilot(plan, draw, record, [each["sentinels"] for each in found if each["kind"] == "block"])
             turns = next((each["turns"] for each in found if each["kind"] == "pilot"), 1)
-            again = (launch, block) == RERUN
+            again = plan.protocol.pilot is not None and (launch, block) == RERUN
             for retry in range(1 + again):
                 for position, index in enumerate(order):
                     odd = 1.3 if again and not retry and position == 2 else 1.0
@@ -221,8 +221,7 @@ def time_block(
         decode_steps=plan.workload.decode_steps,
         warmup=warmup,
         sentinels=read,
-        retry=retry,
-        turns=told,
+        **({"retry": retry, "turns": told} if plan.protocol.pilot else {}),
     )
 
 

@@ -24,6 +24,7 @@ from headgrid.experiment.telemetry_series import windows
 from headgrid.experiment.text import BUILTIN, identify
 from headgrid.report.html import render
 from headgrid.report.resolving import pilot_line, rerun_line
+from headgrid.report.timeplots import _boxes
 from headgrid.spec.model import find_model
 from headgrid.spec.workload import Workload
 
@@ -257,6 +258,14 @@ def test_a_block_takes_the_mean_of_its_turns_slowest_ranks() -> None:
 def test_every_turn_has_a_window_of_its_own() -> None:
     _, records = a_run()
     assert len(windows(records)) == 8 * 3 * 2 * 2  # blocks, arms, phases, turns
+
+
+def test_many_turns_are_drawn_as_one_box_for_each_arm_in_a_block() -> None:
+    few = windows(a_run()[1])
+    assert _boxes(few) == few
+    many = [dataclasses.replace(each, start_s=1e3 * n, end_s=1e3 * n + 1) for n in range(9) for each in few]
+    boxes = _boxes(many)
+    assert len(boxes) == 8 * 3 and all(box.end_s == 8001 and box.start_s == 0 for box in boxes)
 
 
 def test_a_block_that_was_cut_when_it_was_run_again_is_not_done() -> None:

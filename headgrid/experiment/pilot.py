@@ -34,7 +34,7 @@ nothing."""
 SHOWN_Z, LEAST_SERIES = 2.0, 12
 """The first autocorrelation of so many turns at least is beyond chance at 2/sqrt(n) (Bartlett; 2.3 % by chance)."""
 
-LEAST_READINGS, FEW_READINGS = 7, 80.0
+FEW_READINGS = 80.0
 """Bands of n readings have 5 (1 + 80/n^2) SDs: of Gaussian noise one reading in a thousand is out, whether n is 7 or 25
 (simulated); at 5 SDs it would be one in 60 of 8."""
 
@@ -44,10 +44,11 @@ class PilotRule:
     """What is decided by it, declared before anything runs. Durations in seconds."""
 
     turns: int = 24
-    least_turns: int = 4
-    """With the readings of the warm-up that makes enough for a band."""
+    least_turns: int = 2
+    least_readings: int = 7
+    """Of sentinels, those of the warm-up among them: of fewer there is no band."""
     most_s: float = 5.0
-    """Of long turns only so many as fit, by the first one's time, and `least_turns`."""
+    """Only so many turns as fit, by the first one's time; of turns that no rule would repeat, `least_turns`."""
     block_s: float = 0.25
     """A block takes so long at least."""
     taus: float = 10.0
@@ -68,9 +69,10 @@ class PilotRule:
         if not 2 <= self.least_turns <= self.turns or self.most_turns < 1 or not 0 <= self.rerun_share <= 1:
             raise InvalidInput(f"a pilot of {self.least_turns} to {self.turns} turns, blocks of {self.most_turns}")
 
-    def turns_due(self, first_s: float) -> int:
-        """Turns of the pilot whose first one took so long."""
-        return min(self.turns, max(self.least_turns, int(self.most_s / first_s)))
+    def turns_due(self, first_s: float, readings: int) -> int:
+        """Turns of the pilot whose first one took so long, in front of which there were so many readings."""
+        fitting = int(self.most_s / first_s) if first_s <= self.most_block_s else 0
+        return min(self.turns, max(self.least_turns, self.least_readings - readings, fitting))
 
     def reruns(self, blocks: int) -> int:
         """How many of a launch's blocks may be run again."""
@@ -131,13 +133,13 @@ def pilot_of(records: Sequence[Record]) -> Record | None:
     return next((record for record in records if record["kind"] == "pilot"), None)
 
 
-def pilot_bands(pilot: Record) -> dict[str, Band]:
+def pilot_bands(rule: PilotRule, pilot: Record) -> dict[str, Band]:
     """The bands that the readings up to the pilot's end give, by which blocks are run again; of too few none.
 
     They are wider the fewer the readings: the median deviation of a dozen is often far too small.
     """
     number = min(len(pilot["sentinels"][kind]) for kind in KINDS)
-    if number < LEAST_READINGS:
+    if number < rule.least_readings:
         return {}
     mads = BAND_MADS * (1 + FEW_READINGS / number**2)
     return {kind: band(pilot["sentinels"][kind], mads) for kind in KINDS}

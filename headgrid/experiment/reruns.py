@@ -86,7 +86,7 @@ def decisions(rule: PilotRule, blocks: int, records: Sequence[Record]) -> Iterat
     pilot = pilot_of(records)
     if pilot is None:
         return
-    bands, behind = pilot_bands(pilot), next(n for n, record in enumerate(records) if record is pilot)
+    bands, behind = pilot_bands(rule, pilot), next(n for n, record in enumerate(records) if record is pilot)
     reruns = {(r["launch"], r["attempt"], r["block"]) for r in of_kind(records, "rerun")}
     again: dict[int, set[int]] = {}
     for tried in tries(records[behind:]):

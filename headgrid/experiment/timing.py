@@ -81,7 +81,7 @@ class Timing:
         if self._rule is None or self._pilot is None or block < protocol.warmup_blocks or block in self._again:
             return False
         left = len(self._again) < self._rule.reruns(protocol.blocks)
-        return self._launch.agreed(left and bool(out_of_band(pilot_bands(self._pilot), read)))
+        return self._launch.agreed(left and bool(out_of_band(pilot_bands(self._rule, self._pilot), read)))
 
     def _ensure_pilot(self) -> None:
         """Turns of the baseline, once in a run. Without a verified baseline there is none, and a block is one turn."""
@@ -91,7 +91,7 @@ class Timing:
             return
         engine, read = self._engines[baseline.layout], self._warm or [self._reading]
         turns = [self._turn(engine)]
-        due = rule.turns_due(max(turns[0].prefill_s) + max(turns[0].decode_s))
+        due = rule.turns_due(max(turns[0].prefill_s) + max(turns[0].decode_s), len(read))
         while len(turns) < due:
             read.append(self._sentinels.read())
             turns.append(self._turn(engine))

@@ -24,7 +24,7 @@ SOURCE = "5a" * 32
 """The hash of the source that made the run, and that checks it."""
 PREFILL_S = {"tp2pp2": 5.12, "tp4": 6.09, "dp4": 4.21, "n2m2:batch": 6.38}
 DECODE_S = {"tp2pp2": 0.691, "tp4": 0.675, "dp4": 0.684, "n2m2:batch": 0.699}
-RULE = PilotRule(block_s=15.0, most_block_s=60.0)
+RULE = PilotRule(block_s=15.0, most_block_s=60.0, least_turns=4)
 """Three turns a block."""
 RERUN = 1, 3
 """Launch and block that were run again."""

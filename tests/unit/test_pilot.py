@@ -94,7 +94,8 @@ def test_dependence_makes_blocks_longer_up_to_what_they_may_take() -> None:
 
 
 def test_a_pilot_of_long_turns_is_short() -> None:
-    assert [RULE.turns_due(first_s) for first_s in (0.01, 0.5, 2.3, 60.0)] == [24, 10, 4, 4]
+    assert [RULE.turns_due(first_s, 9) for first_s in (0.01, 0.5, 2.3, 60.0)] == [24, 10, 2, 2]
+    assert RULE.turns_due(60.0, 3) == 4, "as many as a band needs"
 
 
 def test_the_rule_is_declared_and_hashed_and_older_designs_have_none() -> None:

@@ -51,7 +51,8 @@ def _times(record: Record) -> list[list[float]]:
 def _made_again(rule: PilotRule, record: Record, where: str) -> Iterator[Finding]:
     """Its number of turns, its readings, and what was decided by them."""
     times = [record[f"{phase}_s"] for phase in PHASES]
-    due = rule.turns_due(times[0][0] + times[1][0])
+    before = len(record["sentinels"][KINDS[0]]) - len(times[0])  # of the warm-up: see `_warm_readings`
+    due = rule.turns_due(times[0][0] + times[1][0], before)
     if any(len(series) != due for series in times):
         yield Finding("pilot.outcome", where, f"{len(times[0])} turns; {due} are due")
         return

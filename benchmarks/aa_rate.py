@@ -6,6 +6,7 @@
 
 One launch runs `--comparisons` times `--blocks` blocks of the baseline, its A/A copy and the planted one, exactly as
 `headgrid compare` does, and writes a run folder below OUT. Each so many blocks are then analysed as a run of their own.
+A block of each is at least `--block-seconds` long, and at most a quarter of all blocks is run again.
 "Called different" is an interval that excludes 1. At most 18 of 200 is the 99 % bound for a true rate of 5 %. As all
 are of one launch, nothing here tells what another launch changes. `--again FOLDER` analyses a folder without running.
 """
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from headgrid.experiment import folder, machine, plan, runner
-from headgrid.experiment.records import Phase, Times, block_times
+from headgrid.experiment.pilot import pilot_of
+from headgrid.experiment.records import Phase, Times, block_times, of_kind
 from headgrid.experiment.stats import throughput_ratio
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -43,7 +45,9 @@ def told(run: Path, blocks: int) -> dict[str, Any]:
     """Both rates in both phases, and those of Student's t over the same blocks for comparison."""
     design, records = folder.open_run(run)
     labels = {arm.role: arm.label for arm in design.arms}
+    pilot = pilot_of(records)
     found: dict[str, Any] = {"run": str(run), "blocks": blocks, "planted": design.protocol.planted}
+    found |= {"turns": pilot["turns"] if pilot else 1, "run_again": len(list(of_kind(records, "rerun")))}
     for phase in PHASES:
         split = {
             role: parts(block_times(records, label, phase), design.protocol.warmup_blocks, blocks)
@@ -73,6 +77,7 @@ def carry_out(options: argparse.Namespace) -> Path:
         device=options.device,
         seed=options.seed,
         planted=options.planted,
+        block_s=options.block_seconds,
         least_ranks=1,
     )
     design, _ = plan.make(wishes)
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=16)
     parser.add_argument("--decode-steps", type=int, default=2)
     parser.add_argument("--planted", type=float, default=0.02)
+    parser.add_argument("--block-seconds", type=float, default=0.05, help="as of `headgrid compare`; 0: no pilot")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", type=Path, help="a run folder to analyse instead")
     options = parser.parse_args()

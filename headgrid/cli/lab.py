@@ -49,6 +49,14 @@ def compare(
     launches: Annotated[
         int | None, typer.Option(min=1, help="Fresh launches: 5 or more give an interval over launches.")
     ] = None,
+    block_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="An arm's turns in a block last so long at least, by a pilot: 0.25 on a CPU, 0.5 on GPUs. 0: no pilot,"
+            " one turn, and no block is run again.",
+        ),
+    ] = None,
     protocol: Annotated[str, typer.Option(help="`default`, or `seed` for 100 + 1000 iterations.")] = "default",
     text: Text = OWN_TEXT,
     device: Device = None,
@@ -102,6 +110,7 @@ def compare(
         dtype=dtype,
         blocks=blocks,
         launches=launches,
+        block_s=block_seconds,
         protocol=protocol,
         text=text,
         device=device,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from headgrid import __version__
 from headgrid.errors import InvalidInput, InvalidLayout
+from headgrid.experiment.pilot import PilotRule, rule_of
 from headgrid.experiment.text import Text
 from headgrid.layout.batching import owned_rows
 from headgrid.layout.layout import Layout, parse_layout
@@ -24,9 +25,10 @@ from headgrid.spec.workload import Workload
 Role = Literal["baseline", "aa", "planted", "arm"]
 Device = Literal["cpu", "cuda"]
 
-ANALYSIS = 2
-"""How runs declared now are analysed: blocks of one launch may depend on one another, several comparisons are held
-jointly, a planted slow-down and sentinels ride along. 1, without any of that, is how older runs were declared."""
+ANALYSIS = 3
+"""How runs declared now are analysed: as with 2, and a pilot may set the length of blocks, and sentinels have them run
+again. 2: blocks of one launch may depend on one another, several comparisons are held jointly, a planted slow-down and
+sentinels ride along. 1: without any of that. So older runs were declared."""
 MOST_PLANTED = 0.5
 SENSITIVE = 0.10
 """A negative control that moves the logits by less proves nothing about a model, and then no arm is called verified."""
@@ -63,6 +65,8 @@ class Protocol:
     verify_sequences: int = 4
     planted: float = 0.02
     """Share by which the planted arm is slowed down; 0: there is no such arm."""
+    pilot: PilotRule | None = None
+    """How a pilot sets the turns of a block, and which blocks are run again; None: one turn a block, none again."""
     analysis: int = ANALYSIS
 
     def __post_init__(self) -> None:
@@ -115,6 +119,8 @@ class Design:
         protocol = asdict(self.protocol)
         if self.protocol.analysis == 1:  # as it was declared, and hashed
             del protocol["analysis"], protocol["planted"]
+        if self.protocol.analysis < 3:
+            del protocol["pilot"]
         flat = {"schema": 1, "name": self.name, "created": self.created, "headgrid_version": self.headgrid_version}
         flat |= {
             "model": self.model.to_dict(),
@@ -139,7 +145,7 @@ def from_dict(data: dict[str, Any]) -> Design:
     """The inverse of `Design.to_dict`, also of older versions. Raises InvalidInput if the hash does not fit."""
     if hash_of(data) != data.get("hash"):
         raise InvalidInput("design.json does not have the hash it states: it was changed after it was declared")
-    data = {"analysis": 1, "planted": 0.0} | data
+    data = {"analysis": 1, "planted": 0.0} | data | {"pilot": rule_of(data)}
     protocol_fields = {f.name for f in fields(Protocol)} - {"name"}
     design = Design(
         name=data["name"],

@@ -17,6 +17,7 @@ from headgrid.experiment.design import (
     gathered_arms,
 )
 from headgrid.experiment.machine import Machine, ensure_devices, environment, look
+from headgrid.experiment.pilot import PilotRule
 from headgrid.experiment.text import identify
 from headgrid.layout.layout import Layout, parse_layout
 from headgrid.layout.legal import check
@@ -52,6 +53,8 @@ class Wishes:
     """One rank is nothing to compare layouts on, but where a study of scaling begins."""
     planted: float = 0.02
     """Share by which a copy of the baseline is slowed down, to see whether the run finds it; 0: no such copy."""
+    block_s: float | None = None
+    """Seconds that an arm's part of a block lasts at least, by a pilot; 0: no pilot, one turn."""
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -63,6 +66,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
         "blocks": 5,
         "verify": 16,
+        "block_s": 0.25,
     },
     "cuda": {
         "model": "seed",
@@ -72,8 +76,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "dtype": "float16",
         "blocks": 8,
         "verify": 4,
+        "block_s": 0.5,
     },
 }
+MOST_BLOCK = 4.0
+"""How many times the least length of a block its dependence may make it: on a busy host a run would have no end."""
 
 
 def default_model(machine: Machine) -> str:
@@ -191,4 +198,10 @@ def _protocol(wishes: Wishes, default: dict[str, Any], workload: Workload) -> Pr
     changes: dict[str, Any] = {name: getattr(wishes, name) for name in ("blocks", "launches") if getattr(wishes, name)}
     verify = min(default["verify"], workload.batch)
     changes["planted"] = wishes.planted
+    changes["pilot"] = _pilot(default["block_s"] if wishes.block_s is None and base.name != "seed" else wishes.block_s)
     return dataclasses.replace(base, seed=wishes.seed, verify_sequences=verify, **changes)
+
+
+def _pilot(block_s: float | None) -> PilotRule | None:
+    """The seed's protocol counts iterations: a block of it is one turn unless its length is asked for."""
+    return PilotRule(block_s=block_s, most_block_s=MOST_BLOCK * block_s) if block_s else None

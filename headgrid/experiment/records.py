@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 Record = Mapping[str, Any]
@@ -22,14 +23,28 @@ Times = Mapping[BlockKey, float]
 
 
 def block_times(records: Iterable[Record], arm: str, phase: Phase) -> dict[BlockKey, float]:
-    """Seconds of each timed block of `arm`: the slowest rank's. Blocks without a time from every rank are left out."""
+    """Seconds of each timed block of `arm` (`slowest_s`). Blocks without a time from every rank are left out."""
     times: dict[BlockKey, float] = {}
     for record in of_kind(latest_attempts(records), "block", arm):
-        ranks: list[Any] = record.get(f"{phase}_s") or [None]
-        usable = all(seconds is not None and math.isfinite(seconds) and seconds > 0 for seconds in ranks)
-        if usable and not record.get("warmup"):
-            times.setdefault(BlockKey(record["launch"], record["block"]), max(ranks))
+        seconds = slowest_s(record, phase)
+        if seconds is not None and not record.get("warmup"):
+            times.setdefault(BlockKey(record["launch"], record["block"]), seconds)
     return times
+
+
+def slowest_s(block: Record, phase: Phase) -> float | None:
+    """A block's time of a phase: the slowest rank's, of several turns the mean of each one's slowest; None if a rank
+    has none.
+    """
+    ranks: list[Any] = block.get(f"{phase}_s") or [None]
+    if not all(seconds is not None and math.isfinite(seconds) and seconds > 0 for seconds in ranks):
+        return None
+    return fmean(block["turns"][f"{phase}_s"]) if block.get("turns") else max(ranks)
+
+
+def turns_s(block: Record, phase: Phase) -> Sequence[float]:
+    """The slowest rank's seconds of each turn of a block; of one turn in journals that do not tell turns."""
+    return block["turns"][f"{phase}_s"] if block.get("turns") else [max(block[f"{phase}_s"])]
 
 
 def by_launch(values: Mapping[BlockKey, float]) -> dict[int, list[float]]:
@@ -41,19 +56,28 @@ def by_launch(values: Mapping[BlockKey, float]) -> dict[int, list[float]]:
 
 
 def latest_attempts(records: Iterable[Record]) -> list[Record]:
-    """The records without blocks that a resumed run did again: a block's arms must come from the same processes."""
+    """The records without blocks that were done again, by a resumed run or on the sentinels' word: a block's arms must
+    come from the same processes and the same try.
+    """
     kept = list(records)
-    last: dict[BlockKey, int] = {}
+    last: dict[BlockKey, tuple[int, int]] = {}
     for record in of_kind(kept, "block"):
         key = BlockKey(record["launch"], record["block"])
-        last[key] = max(last.get(key, 0), record.get("attempt", 0))
+        last[key] = max(last.get(key, (0, 0)), _try(record))
 
     def stale(record: Record) -> bool:
-        if record["kind"] != "block":
-            return False
-        return record.get("attempt", 0) < last[BlockKey(record["launch"], record["block"])]
+        return record["kind"] == "block" and _try(record) < last[BlockKey(record["launch"], record["block"])]
 
     return [record for record in kept if not stale(record)]
+
+
+def _try(block: Record) -> tuple[int, int]:
+    return block.get("attempt", 0), block.get("retry", 0)
+
+
+def first_tries(records: Iterable[Record]) -> list[Record]:
+    """The records as if nothing had been run again on the sentinels' word."""
+    return [record for record in records if record["kind"] != "block" or not record.get("retry", 0)]
 
 
 def of_kind(records: Iterable[Record], kind: str, arm: str | None = None) -> Iterator[Record]:
@@ -94,15 +118,17 @@ def is_complete(design: Mapping[str, Any], records: Sequence[Record]) -> bool:
 def done_blocks(records: Sequence[Record], index: int) -> list[int]:
     """The timed blocks of launch `index` that ran all verified arms in the same processes.
 
-    A block that was cut is done again: half of it in other processes would not be a pair. Warm-up always is.
+    A block that was cut is done again: half of it in other processes would not be a pair. So is one that was cut when
+    it was run again. Warm-up always is.
     """
     mine = [record for record in records if record["launch"] == index]
     verified = {record["arm"] for record in mine if record["kind"] == "verify" and record["verified"]}
-    arms: dict[tuple[int, int], set[str]] = {}
+    arms: dict[tuple[int, tuple[int, int]], set[str]] = {}
     for record in mine:
         if record["kind"] == "block" and not record["warmup"]:
-            arms.setdefault((record["block"], record.get("attempt", 0)), set()).add(record["arm"])
-    return sorted({block for (block, _), found in arms.items() if found >= verified})
+            arms.setdefault((record["block"], _try(record)), set()).add(record["arm"])
+    left = {(record["block"], (record["attempt"], 0)) for record in mine if record["kind"] == "rerun"}
+    return sorted({key[0] for key, found in arms.items() if found >= verified and key not in left})
 
 
 def finished_launches(records: Sequence[Record]) -> set[int]:

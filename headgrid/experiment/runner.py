@@ -10,7 +10,8 @@ from typing import Any
 
 from headgrid.experiment.design import Design
 from headgrid.experiment.folder import open_run
-from headgrid.experiment.records import done_blocks, finished_launches
+from headgrid.experiment.pilot import pilot_of
+from headgrid.experiment.records import done_blocks, finished_launches, of_kind, slowest_s
 from headgrid.experiment.starting import HERE, Starter
 from headgrid.experiment.telemetry import DEFAULT_HZ, Sampler
 from headgrid.runtime import launch
@@ -86,6 +87,8 @@ def _payload(folder: Path, design: Design, records: list[dict[str, Any]], index:
         "folder": str(folder.resolve()),
         "launch": index,
         "done": done_blocks(records, index),
+        "pilot": pilot_of(records),
+        "again": [r["block"] for r in of_kind(records, "rerun") if r["launch"] == index],
         "attempt": sum(record["kind"] == "launch" and record["launch"] == index for record in records),
         "environment_sha256": hashlib.sha256((folder / "env.json").read_bytes()).hexdigest(),
         "started": time.time(),
@@ -97,7 +100,8 @@ def expected_records(design: Design, *, breakdown: bool = False) -> int:
     protocol, arms = design.protocol, len(design.arms)
     pipelines = sum(layout.pp > 1 for layout in design.layouts)
     each = 4 + 2 * breakdown
-    return protocol.launches * (arms * (each + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines)
+    launch = arms * (each + protocol.warmup_blocks + protocol.blocks) + 3 + 2 * pipelines
+    return protocol.launches * launch + (protocol.pilot is not None)
 
 
 class _Watch:
@@ -131,7 +135,12 @@ def describe(record: dict[str, Any]) -> str:
     kind, arm = record["kind"], record.get("arm", "")
     if kind == "block":
         warm = "warm-up " if record["warmup"] else ""
-        return f"{warm}block {record['block']}: {arm} {max(record['prefill_s']):.3g} s"
+        again = " again" * record.get("retry", 0)
+        return f"{warm}block {record['block']}{again}: {arm} {slowest_s(record, 'prefill') or 0:.3g} s"
+    if kind == "pilot":
+        return f"pilot: {record['turns']} turns a block"
+    if kind == "rerun":
+        return f"block {record['block']} is run again"
     if kind == "verify":
         return f"{arm}: {'verified' if record['verified'] else 'FAILED: ' + record['reason']}"
     if kind == "control":

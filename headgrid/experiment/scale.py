@@ -222,9 +222,10 @@ def _design(wishes: plan.Wishes, place: _Place) -> tuple[Design, list[str]]:
     ranks, batch = place.point.ranks, wishes.batch and wishes.batch * place.growth
     arms = tuple(map(str, place.layouts))
     try:
-        # a study compares launches, and what each finds planted inside itself would say nothing about that
-        started = wishes.started_ranks and ranks
-        own = {"ranks": ranks, "started_ranks": started, "least_ranks": 1, "batch": batch, "arms": arms, "planted": 0.0}
+        # a study compares launches, and what each finds planted inside itself would say nothing about that; one turn a
+        # block at every size, since a pilot would give each number of ranks blocks of its own
+        own = {"ranks": ranks, "started_ranks": wishes.started_ranks and ranks, "least_ranks": 1, "batch": batch}
+        own |= {"arms": arms, "planted": 0.0, "block_s": 0.0}
         return plan.make(dataclasses.replace(wishes, **own))
     except HeadgridError as error:
         error.what += f" ({place.point.run}, batch {batch or 'as fits'})"

@@ -40,18 +40,31 @@ class Band(NamedTuple):
 
 
 def readings(records: Sequence[Record]) -> Iterator[Reading]:
-    """All of a journal, in order, those of blocks that were done again left out."""
+    """All of a journal, in order, those of blocks that were done again left out.
+
+    Where a block was run again on the sentinels' word, the reading before its first try still tells of the turn ahead
+    of that. The re-run begins with a reading of its own, behind which no other turn lies.
+    """
     before: Record | None = None
-    for record in latest_attempts(records):
-        if record["kind"] == "launch":
+    kept = {id(record) for record in latest_attempts(records)}
+    for record in records:
+        if record["kind"] in ("launch", "rerun"):
             before = None
+        if id(record) not in kept:
+            if record.get("retry") == 0 and record["sentinels"] and before is not None:
+                yield Reading(_slowest(record), before, None)
+                before = None
+            continue
         if record["kind"] not in ("block", "end"):
             continue
         after = record if record["kind"] == "block" else None
         if record.get("sentinels"):
-            seconds = {kind: max(ranks) for kind, ranks in record["sentinels"].items()}
-            yield Reading(seconds, before, after)
+            yield Reading(_slowest(record), before, after)
         before = after
+
+
+def _slowest(record: Record) -> dict[str, float]:
+    return {kind: max(ranks) for kind, ranks in record["sentinels"].items()}
 
 
 def bands(found: Sequence[Reading]) -> dict[str, Band]:
@@ -59,15 +72,15 @@ def bands(found: Sequence[Reading]) -> dict[str, Band]:
     timed = [reading for reading in found if not (reading.after or {}).get("warmup")]
     if len(timed) < LEAST_READINGS:
         return {}
-    return {kind: _band([reading.seconds[kind] for reading in timed]) for kind in KINDS}
+    return {kind: band([reading.seconds[kind] for reading in timed]) for kind in KINDS}
 
 
-def _band(seconds: Sequence[float]) -> Band:
-    """In the logarithm: times of busy machines are skewed."""
+def band(seconds: Sequence[float], mads: float = BAND_MADS) -> Band:
+    """Of readings of one sentinel. In the logarithm: times of busy machines are skewed."""
     logs = [math.log(value) for value in seconds]
     middle = median(logs)
     spread = _SD_OF_MAD * median(abs(value - middle) for value in logs)
-    half = max(BAND_MADS * spread, math.log1p(LEAST_BAND))
+    half = max(mads * spread, math.log1p(LEAST_BAND))
     return Band(math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(logs))
 
 

@@ -1,13 +1,13 @@
 """When did a launch become steady, and did it stay so?
 
-One series for each launch and phase: every turn's log time, less the median of its arm's timed blocks, in the order in
-which the turns ran, warm-up among them. Arms take turns at random, so what is left is the machine's, and a handful of
-blocks makes several times as many turns. White's MSER (K. P. White, "An effective truncation heuristic for bias
-reduction in simulation output", 1997) says where to cut the beginning: where the squared standard error of the rest is
-least, in the first half. A cut that changes little is none: it counts if the median of the turns before it differs from
-that of the rest by more than the margin and by 3 standard errors (medians, because the machine's share is what all arms
-have; one arm's own is DRIFT). The rest is steady unless it has a trend (Mann-Kendall beyond 3, which is
-p = 0.3 %) that moves its last third from its first by more than the margin. "No steady state" is a result.
+One series for each launch and phase: the log time of each arm in each block, less the median of the arm's timed blocks,
+in the order in which they ran, warm-up among them. Arms take turns at random, so what is left is the machine's, and a
+handful of blocks makes several times as many turns. White's MSER (K. P. White, "An effective truncation heuristic for
+bias reduction in simulation output", 1997) says where to cut the beginning: where the squared standard error of the
+rest is least, in the first half. A cut that changes little is none: it counts if the median of the turns before it
+differs from that of the rest by more than the margin and by 3 standard errors (medians, because the machine's share is
+what all arms have; one arm's own is DRIFT). The rest is steady unless it has a trend (Mann-Kendall beyond 3, which is p
+= 0.3 %) that moves its last third from its first by more than the margin. "No steady state" is a result.
 """
 
 import math
@@ -16,7 +16,7 @@ from statistics import median, pvariance, variance
 from typing import Any
 
 from headgrid.experiment.isolation_run import DRIFT_Z, MAX_TREND_BLOCKS, mann_kendall
-from headgrid.experiment.records import Record, is_verified, latest_attempts, of_kind
+from headgrid.experiment.records import Phase, Record, is_verified, latest_attempts, of_kind, slowest_s
 from headgrid.experiment.telemetry_series import PHASES
 
 LEAST_TURNS = 8
@@ -46,8 +46,12 @@ def steady_states(design: Mapping[str, Any], records: Sequence[Record]) -> list[
     return found
 
 
-def _turns(blocks: Sequence[Record], phase: str) -> Turns:
-    times = [(r["block"], r["arm"], bool(r.get("warmup")), math.log(max(r[f"{phase}_s"]))) for r in blocks]
+def _turns(blocks: Sequence[Record], phase: Phase) -> Turns:
+    times = [
+        (r["block"], r["arm"], bool(r.get("warmup")), math.log(seconds))
+        for r in blocks
+        if (seconds := slowest_s(r, phase)) is not None
+    ]
     timed: dict[str, list[float]] = {}
     for _, arm, warmup, value in times:
         if not warmup:

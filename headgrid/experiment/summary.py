@@ -9,6 +9,7 @@ from headgrid.experiment.ceilings import summarise_ceilings, unsettled
 from headgrid.experiment.environments import differences
 from headgrid.experiment.isolation import judge, sentences
 from headgrid.experiment.records import Record
+from headgrid.experiment.reruns import summarise_pilot
 from headgrid.experiment.stats import summarise
 from headgrid.experiment.telemetry import Telemetry
 from headgrid.experiment.telemetry_summary import summarise_telemetry, unsampled
@@ -26,6 +27,7 @@ def summary_of(
     env.json, of which only what hosts do not have in common is used.
     """
     summary, isolation = summarise(design, records), judge(design, records, telemetry)
+    summary |= summarise_pilot(design, records, summary["comparisons"])
     summary["warnings"] += [*unsampled(records, telemetry), *differences(env), *sentences(isolation)]
     ceilings = summarise_ceilings(design, records, summary["arms"])
     summary["warnings"] += unsettled(ceilings)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headgrid.experiment.records import Phase, Record, latest_attempts, of_kind
+from headgrid.experiment.records import Phase, Record, latest_attempts, of_kind, turns_s
 from headgrid.experiment.telemetry import COUNTERS, Session, Telemetry
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -17,7 +17,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The time in which one arm's phase was timed in one block: from the barrier to the slowest rank's end."""
+    """The time of one arm's phase in one turn of a block: from the barrier to the slowest rank's end."""
 
     launch: int
     block: int
@@ -42,15 +42,16 @@ class Point:
 
 
 def windows(records: Sequence[Record]) -> list[Window]:
-    """Windows of the blocks that count, in the order of time; empty for journals without start times."""
+    """Windows of the turns of the blocks that count, in the order of time; empty for journals without start times."""
     found = []
     for record in of_kind(latest_attempts(records), "block"):
         for phase in PHASES:
-            start_s, taken = record.get(f"{phase}_start_s"), record.get(f"{phase}_s")
-            if start_s is not None and taken and not record.get("warmup"):
-                found.append(
-                    Window(record["launch"], record["block"], record["arm"], phase, start_s, start_s + max(taken))
-                )
+            if record.get(f"{phase}_start_s") is None or not record.get(f"{phase}_s") or record.get("warmup"):
+                continue
+            starts = record["turns"][f"{phase}_start_s"] if record.get("turns") else [record[f"{phase}_start_s"]]
+            place = (record["launch"], record["block"], record["arm"], phase)
+            spans = zip(starts, turns_s(record, phase), strict=True)
+            found += [Window(*place, start_s, start_s + seconds) for start_s, seconds in spans]
     return sorted(found, key=lambda window: window.start_s)
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from headgrid.errors import InvalidInput
 from headgrid.experiment.breakdown.measure import breakdown
-from headgrid.experiment.design import SENSITIVE, Arm, Design, from_dict, rows_to_verify
+from headgrid.experiment.design import SENSITIVE, Design, from_dict, rows_to_verify
 from headgrid.experiment.journal import Journal
 from headgrid.experiment.observe import CollectiveTimer, PeakMemory, Settle, StageClock, as_predicted, merge_totals
-from headgrid.experiment.sentinel import Sentinels
-from headgrid.experiment.stopwatch import timed
 from headgrid.experiment.text import read_identified, token_rows
+from headgrid.experiment.timing import Timing
 from headgrid.experiment.verify import Oracle, Trace, Truth, judge, judge_control
 from headgrid.experiment.weights import weights_of
 from headgrid.layout.layout import Layout, Linears, parse_layout
@@ -35,8 +33,6 @@ from headgrid.runtime.collectives import Recorder, barrier
 from headgrid.runtime.engine import Engine
 from headgrid.runtime.hosts import host_id
 from headgrid.runtime.mesh import GroupPool, Mesh
-
-Listener = Callable[[dict[str, Any]], None]
 
 
 def gather_json(value: Any, device: torch.device) -> list[Any]:
@@ -56,7 +52,7 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
 class Launch:
     """State of one launch on one rank."""
 
-    def __init__(self, rank: int, design: Design, payload: dict[str, Any], listener: Listener | None = None) -> None:
+    def __init__(self, rank: int, design: Design, payload: dict[str, Any]) -> None:
         """Make the input, the groups and the cache arena; nothing is drawn yet. `payload` is that of `run_launch`.
 
         Raises InvalidInput if the text is not the declared one.
@@ -66,7 +62,6 @@ class Launch:
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, design.workload.dtype)
         self.journal = Journal(Path(payload["folder"]) / "journal.jsonl") if rank == 0 else None
-        self.listener = listener
         self.pool = GroupPool(rank)
         self.who = gather_json(_identity(design.device), self.device)
         self.hosts = host_numbers([each["host"] for each in self.who])
@@ -91,13 +86,15 @@ class Launch:
         if self.journal is not None:
             record = {"kind": kind, "launch": self.index, "time_s": time.time(), **values}
             self.journal.append(record)
-            if self.listener is not None:
-                self.listener(record)
 
     def engine(self, layout: Layout) -> Engine:
         """The layout's groups, weights and engine; its cache shares the arena with the others'."""
         mesh, workload = Mesh(layout, self.pool), self.design.workload
         return Engine(self.design.model, layout, workload, mesh, self.weights.local(layout), self.arena)
+
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank: what all compute alike might still differ by a rounding between hosts."""
+        return gather_json(value, self.device)[0]
 
     def share(self, x: Tensor) -> Tensor:
         """Sum over all ranks."""
@@ -134,14 +131,13 @@ class Launch:
         return self.oracle.truth(trace.tokens, list(mine), self.share, linears)
 
 
-def run_launch(rank: int, ranks: int, payload: dict[str, Any], listener: Listener | None = None) -> None:
-    """Entry point of every rank. `payload`: design, folder, launch index, attempt, and the blocks already done.
-
-    A `listener` in rank 0's process is told of each record, outside of timed phases.
+def run_launch(rank: int, ranks: int, payload: dict[str, Any]) -> None:
+    """Entry point of every rank. `payload`: design, folder, launch index, attempt, the blocks already done, and of the
+    journal the pilot's record and the blocks of this launch that were run again.
     """
     begun = time.time()
     design = from_dict(payload["design"])
-    launch = Launch(rank, design, payload, listener)
+    launch = Launch(rank, design, payload)
     weights_sha256 = hashlib.sha256(launch.weights.identity.encode()).hexdigest()
     _ensure_same(launch, "input", launch.input_sha256, "the text must be the same file on every host")
     _ensure_same(launch, "weights", weights_sha256, "the checkpoint must be the same on every host")
@@ -165,11 +161,7 @@ def run_launch(rank: int, ranks: int, payload: dict[str, Any], listener: Listene
     engines = {str(layout): launch.engine(layout) for layout in design.layouts}
     verified = {name: _examine(launch, engine, sensitive) for name, engine in engines.items()}
     arms = [arm for arm in design.arms if verified[arm.layout]]
-    sentinels = Sentinels(launch.device, launch.dtype)
-    for block, arm in _turns(launch, payload["done"]):
-        if arm in arms:
-            _time_block(launch, engines[arm.layout], arm, block, sentinels.read())
-    closing = sentinels.read()
+    closing = Timing(launch, engines, arms, payload).run()
     if payload.get("breakdown", True):  # behind the blocks: a profiler that was once attached may leave something
         for name, engine in engines.items():
             if verified[name]:
@@ -193,13 +185,6 @@ def _identity(device: str) -> dict[str, Any]:
         return mine | {"device": "cpu", "uuid": None}
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
     return mine | {"device": torch.cuda.get_device_name(), "uuid": uuid and f"GPU-{uuid}"}
-
-
-def _turns(launch: Launch, done: list[int]) -> Iterator[tuple[int, Arm]]:
-    """Blocks and arms in the declared order, without the blocks that a resumed run already has."""
-    for block, order in enumerate(launch.design.order[launch.index]):
-        if block not in done:
-            yield from ((block, launch.design.arms[position]) for position in order)
 
 
 def _run_control(launch: Launch) -> bool:
@@ -322,30 +307,3 @@ def _break_down(launch: Launch, engine: Engine, folder: Path) -> None:
     for values in breakdown(engine, design.model, design.workload, launch.prompts, folder):
         for arm in (arm for arm in design.arms if arm.layout == layout):
             launch.record("breakdown", arm=arm.label, **values)
-
-
-def _time_block(launch: Launch, engine: Engine, arm: Arm, block: int, sentinels: dict[str, list[float]]) -> None:
-    """A prefill of the batch, then decode steps on the cache it wrote. No observer, no profiler. `sentinels` were read
-    just before.
-    """
-    design = launch.design
-    planted = design.protocol.planted if arm.role == "planted" else 0.0
-    prefill_start_s, prefill_s = timed(launch.device, lambda: engine.prefill(launch.prompts), planted)
-    if planted:  # decode is to find the device as a prefill leaves it, hot and at its limit of power, not rested
-        engine.prefill(launch.prompts)
-    decode_start_s, decode_s = timed(launch.device, lambda: engine.decode(design.workload.decode_steps), planted)
-    order = design.order[launch.index][block]
-    launch.record(
-        "block",
-        block=block,
-        attempt=launch.attempt,
-        position=order.index(design.arms.index(arm)),
-        arm=arm.label,
-        prefill_start_s=prefill_start_s,
-        prefill_s=prefill_s,
-        decode_start_s=decode_start_s,
-        decode_s=decode_s,
-        decode_steps=design.workload.decode_steps,
-        warmup=block < design.protocol.warmup_blocks,
-        sentinels=sentinels,
-    )

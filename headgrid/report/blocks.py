@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headgrid.experiment.records import BlockKey, Phase, Record, block_times, latest_attempts, of_kind
+from headgrid.experiment.records import BlockKey, Phase, Record, block_times, latest_attempts, of_kind, slowest_s
 from headgrid.experiment.stats import PHASES
 from headgrid.report.format import known
 
@@ -71,7 +71,7 @@ def blocks(numbers: Mapping[str, int], records: Sequence[Record], summary: Mappi
         times = {phase: block_times(records, label, phase) for phase in PHASES}
         for record in of_kind(latest_attempts(records), "block", label):
             key, warm_up = BlockKey(record["launch"], record["block"]), bool(record.get("warmup"))
-            seconds: Seconds = {p: _slowest(record, p) if warm_up else times[p].get(key) for p in PHASES}
+            seconds: Seconds = {p: slowest_s(record, p) if warm_up else times[p].get(key) for p in PHASES}
             if any(value is not None for value in seconds.values()):
                 flag = {} if warm_up else flags.get((key.launch, key.block, label), {})
                 found.append(_block(number, record, warm_up, seconds, flag))
@@ -83,8 +83,3 @@ def _block(number: int, record: Record, warm_up: bool, seconds: Seconds, flag: M
     verdict, codes = flag.get("verdict", ""), tuple(flag.get("codes", ()))
     place = record["launch"], record["block"], record.get("position")
     return Block(number, *place, warm_up, seconds, starts, verdict, codes)
-
-
-def _slowest(record: Record, phase: Phase) -> float | None:
-    ranks: Sequence[Any] = record.get(f"{phase}_s") or [None]
-    return max(ranks) if all(map(known, ranks)) else None

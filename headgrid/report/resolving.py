@@ -24,6 +24,9 @@ def rows(summary: Summary) -> Iterator[tuple[str, str]]:
     """Name and result of each of these checks; nothing for runs that did not declare them."""
     if "resolution" in summary:
         yield "Planted slow-down", planted_line(summary)
+        if "pilot" in summary:
+            yield "Length of a block", pilot_line(summary)
+            yield "Blocks run again", rerun_line(summary)
         yield "Steady state", steady_line(summary)
         yield "Sentinels", sentinel_line(summary)
         yield "Tail percentiles", tail_line(summary)
@@ -50,6 +53,55 @@ def _recovered(row: Mapping[str, Any]) -> str:
         f"{row['phase']}: {found}, {percent(row['recovered'])} recovered [{low}, {high}],"
         f" smallest detectable difference ±{detectable}"
     )
+
+
+def pilot_line(summary: Summary) -> str:
+    """What a block is, by which pilot, and how the turns that were timed depended on one another."""
+    pilot = summary["pilot"]
+    if not pilot:
+        return "one turn of each arm: there was no pilot"
+    shown = "beyond chance" if pilot["tau_shown"] else "not beyond chance, so it asks for nothing"
+    cut = "; more were asked for than a block may take" if pilot["capped"] else ""
+    text = (
+        f"{counted(pilot['turns'], 'turn')} of each arm{cut}. Pilot: {pilot['pilot_turns']} turns of the baseline,"
+        f" {duration(pilot['turn_s'])} at the median; autocorrelation time {pilot['tau_int']:.2g} turns ({shown};"
+        " independent turns have 0.5)"
+    )
+    if not pilot["followed"]:
+        return text
+    taus = sorted(row["tau_int"] for row in pilot["followed"])
+    span = f"{taus[0]:.2g}" + (f" to {taus[-1]:.2g}" if len(taus) > 1 else "")
+    lasting = sum(row["tau_shown"] for row in pilot["followed"])
+    return (
+        f"{text}. Of the {sum(row['turns'] for row in pilot['followed']):,} turns then timed it was {span},"
+        f" beyond chance in {lasting} of {counted(len(taus), 'launch', 'launches')}"
+    )
+
+
+def rerun_line(summary: Summary) -> str:
+    """How many blocks the sentinels had run again, and what difference that makes."""
+    found = summary["reruns"]
+    if not found:
+        return "none: without a pilot no band is known beforehand"
+    text = f"{found['blocks']:,} of {found['of_blocks']:,} blocks were run again for a sentinel out of the pilot's band"
+    if found["left_out_of_band"]:
+        left = (
+            f"{found['left_out_of_band']:,} more were not, as at most {found['allowed_per_launch']:,} of a launch are"
+        )
+        text += f"; {left}"
+    if found["still_out"]:
+        text += f"; in {found['still_out']:,} a sentinel was out again"
+    changes = [(abs(row["first_tries"] / row["ratio"] - 1), row) for row in found["sensitivity"] if row["first_tries"]]
+    if changes:
+        _, row = max(changes, key=lambda each: each[0])
+        what = f"{row['a']} / {row['b']}, {row['phase']}: {row['ratio']:.4f} and {row['first_tries']:.4f}"
+        text += f". The ratio that first tries would change most: {what} with them"
+    return text
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number and what it counts."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def steady_line(summary: Summary) -> str:

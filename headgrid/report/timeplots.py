@@ -1,6 +1,7 @@
 """What happened when: every block in the order in which blocks ran, and what the counters said meanwhile."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 
 import matplotlib
@@ -266,13 +267,26 @@ def _lane(axes: Axes, turns: Sequence[Window], start: float, numbers: Mapping[st
     axes.set_facecolor("none")
     axes.tick_params(length=0)
     axes.set_yticks([])
-    for turn in turns[:MAX_BOXES]:
+    boxes = _boxes(turns)
+    for turn in boxes[:MAX_BOXES]:
         number, left = numbers[turn.arm], turn.start_s - start
         colour, share = SERIES[number % len(SERIES)], 0.75 if turn.phase == "prefill" else 0.4
         box = axes.barh(0, turn.end_s - turn.start_s, left=left, height=1, color=colour, alpha=share, linewidth=0)
-        place = f"launch {turn.launch}, block {turn.block}, {turn.phase}"
+        phase = turn.phase if len(boxes) == len(turns) else "all turns"
+        place = f"launch {turn.launch}, block {turn.block}, {phase}"
         text = f"{turn.arm}: {place}, {left:,.1f} to {turn.end_s - start:,.1f} s"
         box[0].set_gid(marks.add(number, text=text))
+
+
+def _boxes(turns: Sequence[Window]) -> list[Window]:
+    """Each turn's phases, or where these are too many one box for all turns of an arm in a block."""
+    if len(turns) <= MAX_BOXES:
+        return list(turns)
+    whole: dict[tuple[int, int, str], Window] = {}
+    for turn in turns:
+        first = whole.setdefault((turn.launch, turn.block, turn.arm), turn)
+        whole[turn.launch, turn.block, turn.arm] = replace(first, end_s=turn.end_s)
+    return list(whole.values())
 
 
 def _alternative(panels: Mapping[str, Lines]) -> str:
@@ -287,5 +301,6 @@ def _alternative(panels: Mapping[str, Lines]) -> str:
 def _telemetry_caption(turns: Sequence[Window], panels: Mapping[str, Lines]) -> str:
     first, last = turns[0].start_s, turns[-1].end_s
     most = max(len(series) for lines in panels.values() for series in lines.values())
-    cut = f" Of {len(turns):,} turns the first {MAX_BOXES} are drawn." if len(turns) > MAX_BOXES else ""
+    boxes = len(_boxes(turns))
+    cut = f" Of {boxes:,} turns the first {MAX_BOXES} are drawn." if boxes > MAX_BOXES else ""
     return f"Means over {(last - first) / most:.2g} s and longer; bands are timed blocks, arm after arm.{cut}"

@@ -10,6 +10,7 @@ from typing import Any
 from headgrid.experiment.design import Design, Protocol, allowed_multiple, declare, rows_to_verify
 from headgrid.experiment.folder import write_json
 from headgrid.experiment.journal import Journal, seal
+from headgrid.experiment.pilot import PilotRule, settle
 from headgrid.experiment.summary import summary_of
 from headgrid.experiment.text import BUILTIN, identify, read_identified, token_rows
 from headgrid.layout.layout import Layout, parse_layout
@@ -23,11 +24,15 @@ SOURCE = "5a" * 32
 """The hash of the source that made the run, and that checks it."""
 PREFILL_S = {"tp2pp2": 5.12, "tp4": 6.09, "dp4": 4.21, "n2m2:batch": 6.38}
 DECODE_S = {"tp2pp2": 0.691, "tp4": 0.675, "dp4": 0.684, "n2m2:batch": 0.699}
+RULE = PilotRule(block_s=15.0, most_block_s=60.0, least_turns=4)
+"""Three turns a block."""
+RERUN = 1, 3
+"""Launch and block that were run again."""
 CREATED = 1_795_355_400.0
 
 
 def design() -> Design:
-    """Four layouts and the twin on 4 GPUs, two launches of four blocks."""
+    """Four layouts and the twin on 4 GPUs, two launches of four blocks, with a pilot."""
     workload = Workload(batch=128, seq=10_000, decode_steps=32, dtype="float16")
     made = declare(
         model=find_model("seed"),
@@ -36,7 +41,7 @@ def design() -> Design:
         ranks=4,
         device="cuda",
         text=identify(BUILTIN),
-        protocol=Protocol(launches=2, blocks=4),
+        protocol=Protocol(launches=2, blocks=4, pilot=RULE),
     )
     return dataclasses.replace(made, created="2026-11-22T13:50:00Z")
 
@@ -114,8 +119,16 @@ def records(plan: Design, env_sha256: str) -> list[Record]:
         for layout in plan.layouts:
             examine(plan, draw, record, layout, launch)
         for block, order in enumerate(plan.order[launch]):
-            for position, index in enumerate(order):
-                time_block(plan, draw, clock, record, block, position, index)
+            if plan.protocol.pilot and block == plan.protocol.warmup_blocks and launch == 0:
+                run_pilot(plan, draw, record, [each["sentinels"] for each in found if each["kind"] == "block"])
+            turns = next((each["turns"] for each in found if each["kind"] == "pilot"), 1)
+            again = plan.protocol.pilot is not None and (launch, block) == RERUN
+            for retry in range(1 + again):
+                for position, index in enumerate(order):
+                    odd = 1.3 if again and not retry and position == 2 else 1.0
+                    time_block(plan, draw, clock, record, block, position, index, turns, retry, odd)
+                if again and not retry:
+                    record("rerun", 0.0072, block=block, attempt=0, sentinels=sentinels(draw))
         record("end", 0.0072, completed=True, sentinels=sentinels(draw))
     return found
 
@@ -153,39 +166,62 @@ def examine(plan: Design, draw: random.Random, record: Any, layout: Layout, laun
         record("verify", 0.001 if place else 2.0, arm=label, **verdict)
 
 
-def sentinels(draw: random.Random) -> Record:
-    """5 ms on every rank."""
-    usual = {"gemm_s": 2.1e-3, "all_reduce_s": 1.7e-3, "host_s": 1.2e-3}
+def sentinels(draw: random.Random, odd: float = 1.0) -> Record:
+    """5 ms on every rank; `odd` times as long a matrix product."""
+    usual = {"gemm_s": 2.1e-3 * odd, "all_reduce_s": 1.7e-3, "host_s": 1.2e-3}
     return {kind: [round(seconds * draw.gauss(1, 2e-3), 9) for _ in range(4)] for kind, seconds in usual.items()}
 
 
+def run_pilot(plan: Design, draw: random.Random, record: Any, warm: list[Record]) -> None:
+    assert plan.protocol.pilot is not None
+    baseline = plan.arms[0]
+    times = {
+        phase: [round(usual[str(parse_layout(baseline.layout))] * draw.gauss(1, 1e-3), 9) for _ in range(4)]
+        for phase, usual in (("prefill_s", PREFILL_S), ("decode_s", DECODE_S))
+    }
+    read = [sentinels(draw) for _ in range(5)]
+    slowest = {kind: [max(each[kind]) for each in (*warm[1:], *read)] for kind in read[0]}
+    took = sum(map(sum, (*times.values(), *slowest.values()))) + 0.02
+    outcome = settle(plan.protocol.pilot, **times)._asdict()
+    record("pilot", took, attempt=0, arm=baseline.label, **times, sentinels=slowest, **outcome)
+
+
 def time_block(
-    plan: Design, draw: random.Random, clock: Clock, record: Any, block: int, position: int, index: int
-) -> None:
+    plan: Design, draw: random.Random, clock: Clock, record: Any, block: int, position: int, index: int,
+    turns: int, retry: int, odd: float,
+) -> None:  # fmt: skip
     arm = plan.arms[index]
     factor = draw.gauss(1, 1e-3) * (1.02 if block < plan.protocol.warmup_blocks else 1)
     factor *= 1 + plan.protocol.planted if arm.role == "planted" else 1
-    read = sentinels(draw)
-    times = {}
-    for phase, usual in (("prefill_s", PREFILL_S), ("decode_s", DECODE_S)):
-        slowest = usual[str(parse_layout(arm.layout))] * factor * draw.gauss(1, 5e-4)
-        times[phase] = [round(slowest * (1 - 3e-5 * draw.random()), 9) for _ in range(4)]
-    idle = [draw.uniform(0.0007, 0.0022) for _ in range(3)]
-    idle[0] += sum(map(max, read.values()))
-    gap = sum(map(max, times.values())) + sum(idle)
-    begun = clock.now + idle[0]
-    starts = {"prefill_start_s": begun, "decode_start_s": begun + max(times["prefill_s"]) + idle[1]}
+    read = sentinels(draw, odd)
+    now = clock.now + sum(map(max, read.values()))
+    keys = ("prefill_start_s", "prefill_s", "decode_start_s", "decode_s")
+    told: Record = {key: [] for key in keys}
+    ranks: Record = {"prefill_s": [], "decode_s": []}
+    for _ in range(turns):
+        for phase, usual in (("prefill", PREFILL_S), ("decode", DECODE_S)):
+            slowest = usual[str(parse_layout(arm.layout))] * factor * draw.gauss(1, 5e-4)
+            own = [round(slowest * (1 - 3e-5 * draw.random()), 9) for _ in range(4)]
+            now += draw.uniform(0.0005, 0.001)
+            told[f"{phase}_start_s"].append(round(now, 6))
+            told[f"{phase}_s"].append(max(own))
+            ranks[f"{phase}_s"].append(own)
+            now += max(own)
+            now += max(own) / 1.02 if arm.role == "planted" and phase == "prefill" else 0.0  # the untimed one
+    means = {key: [round(sum(rank) / turns, 9) for rank in zip(*own, strict=True)] for key, own in ranks.items()}
+    starts = {key: told[key][0] for key in keys if "start" in key}
     warmup = block < plan.protocol.warmup_blocks
     values = {"block": block, "attempt": 0, "position": position, "arm": arm.label}
     record(
         "block",
-        gap,
+        now - clock.now + 0.0009,
         **values,
         **starts,
-        **times,
+        **means,
         decode_steps=plan.workload.decode_steps,
         warmup=warmup,
         sentinels=read,
+        **({"retry": retry, "turns": told} if plan.protocol.pilot else {}),
     )
 
 

@@ -35,18 +35,32 @@ class Documents:
         return [record for record in every if all(record[key] == value for key, value in fields.items())]
 
     def retime(self, change: Callable[[Record], None], *arms: str, clocks: bool = True) -> None:
-        """Change the times of some arms' blocks; `clocks`: and move all that was written after each."""
+        """Change the times of some arms' blocks; `clocks`: and move all that was written after each.
+
+        Turns follow their block's times, unless they were changed themselves.
+        """
         shift = 0.0
         for record in self.records:
-            before = {phase: max(record.get(phase, [0.0])) for phase in ("prefill_s", "decode_s")}
-            for mark in ("started_s", "prefill_start_s"):
-                record.update({mark: record[mark] + shift} if mark in record else {})
+            record.update({"started_s": record["started_s"] + shift} if "started_s" in record else {})
             if record["kind"] == "block":
-                change(record) if record["arm"] in arms else None
-                shift += (max(record["prefill_s"]) - before["prefill_s"]) * clocks
-                record["decode_start_s"] += shift
-                shift += (max(record["decode_s"]) - before["decode_s"]) * clocks
+                before = copy.deepcopy(record)
+                if record["arm"] in arms:
+                    change(record)
+                    follow(record, before)
+                turns = record["turns"]
+                for n in range(len(turns["prefill_s"])):
+                    for phase in ("prefill", "decode"):
+                        turns[f"{phase}_start_s"][n] += shift
+                        shift += (turns[f"{phase}_s"][n] - before["turns"][f"{phase}_s"][n]) * clocks
+                record.update({f"{phase}_start_s": turns[f"{phase}_start_s"][0] for phase in ("prefill", "decode")})
             record["time_s"] += shift
+
+
+def follow(record: Record, before: Record) -> None:
+    for phase in ("prefill_s", "decode_s"):
+        if record["turns"][phase] == before["turns"][phase]:
+            factor = max(record[phase]) / max(before[phase])
+            record["turns"][phase] = [round(seconds * factor, 9) for seconds in before["turns"][phase]]
 
 
 def read_documents(folder: Path) -> Documents:
@@ -149,7 +163,8 @@ CRUDE: dict[str, tuple[Callable[[Path], None], str]] = {
 def scaled(factor: float, *phases: str) -> Callable[[Record], None]:
     def change(record: Record) -> None:
         for phase in phases or ("prefill_s", "decode_s"):
-            record[phase] = [round(seconds * factor, 9) for seconds in record[phase]]
+            for times in (record, record["turns"]):
+                times[phase] = [round(seconds * factor, 9) for seconds in times[phase]]
 
     return change
 
@@ -172,6 +187,7 @@ def constant(found: Documents) -> None:
     def change(record: Record) -> None:
         record["decode_s"] = [0.667123457, *(0.667123457 - draw.randrange(1, 20_000) * 1e-9 for _ in range(3))]
         record["decode_s"] = [round(seconds, 9) for seconds in record["decode_s"]]
+        record["turns"]["decode_s"] = [0.667123457] * len(record["turns"]["decode_s"])
 
     found.retime(change, "tp4")
 
@@ -297,6 +313,41 @@ def ahead(found: Documents) -> None:
         record["time_s"] -= 3600
 
 
+def late_pilot(found: Documents) -> None:
+    (pilot,) = found.of("pilot")
+    place = found.records.index(pilot)
+    moved = found.records[place + 7]
+    found.records[place : place + 8] = [*found.records[place + 1 : place + 8], pilot | {"time_s": moved["time_s"]}]
+
+
+def lucky_turn(found: Documents) -> None:
+    for record in found.of("block", arm="dp4", warmup=False):
+        record["turns"]["prefill_s"][1] = round(0.8 * record["turns"]["prefill_s"][1], 9)
+
+
+def fewer_turns(found: Documents) -> None:
+    for record in found.of("block", warmup=False):
+        for column in record["turns"].values():
+            column.pop()
+
+
+def kept_try(found: Documents) -> None:
+    found.records = [r for r in found.records if r["kind"] != "rerun" and r.get("retry", 0) == 0]
+
+
+def better_try(found: Documents) -> None:
+    (rerun,) = found.of("rerun")
+    place = found.records.index(rerun)
+    del found.records[place - 6 : place + 1]
+    for record in found.of("block", retry=1):
+        record["retry"] = 0
+
+
+def quiet(found: Documents) -> None:
+    for record in found.of("block", retry=0):
+        record["sentinels"]["gemm_s"] = [min(seconds, 0.0021) for seconds in record["sentinels"]["gemm_s"]]
+
+
 BASE = ("tp2pp2", "tp2pp2 (A/A)", "tp2pp2 (+2 %)")
 FORGED: dict[str, tuple[Callable[[Documents], None], str]] = {
     "an arm 10 % faster": (faster(0.9, "n2m2:batch", clocks=False), "time.idle"),
@@ -384,5 +435,35 @@ FORGED: dict[str, tuple[Callable[[Documents], None], str]] = {
     "sentinels left out": (each("block", lambda r: r.pop("sentinels"), block=2), "sentinels"),
     "sentinels of fewer ranks": (each("end", lambda r: r["sentinels"]["host_s"].pop()), "sentinels"),
     "sentinels that take too long": (each("end", lambda r: r["sentinels"].update(host_s=[0.1] * 4)), "sentinels"),
+    "no pilot, said afterwards": (designed(pilot=None), "pilot.declared"),
+    "another rule, declared afterwards": (
+        lambda f: f.design["pilot"].update(block_s=5.0, most_block_s=20.0),
+        "pilot.outcome",
+    ),
+    "the pilot left out": (without(lambda r: r["kind"] == "pilot"), "pilot.declared"),
+    "the pilot of another arm": (each("pilot", lambda r: r.update(arm="dp4")), "pilot.declared"),
+    "a pilot behind a timed block": (late_pilot, "pilot.declared"),
+    "fewer turns than the pilot gives": (each("pilot", lambda r: r.update(turns=2)), "pilot.outcome"),
+    "less dependence than the pilot shows": (each("pilot", lambda r: r.update(tau_int=0.1)), "pilot.outcome"),
+    "a pilot cut short": (each("pilot", lambda r: [r[k].pop() for k in ("prefill_s", "decode_s")]), "pilot.outcome"),
+    "a pilot in no time": (each("pilot", lambda r: r.update(decode_s=[9.1] * 4)), "pilot.outcome"),
+    "a turn of each block left out": (fewer_turns, "blocks.turns"),
+    "lucky turns that are not in the mean": (lucky_turn, "blocks.turns"),
+    "a block's time without its turns": (
+        each("block", lambda r: r.update(prefill_s=[1.1 * s for s in r["prefill_s"]]), arm="tp4"),
+        "blocks.turns",
+    ),
+    "the first try kept, the other left out": (kept_try, "blocks.rerun"),
+    "the better try alone": (better_try, "time.blocks"),
+    "run again without a cause": (quiet, "blocks.rerun"),
+    "a band that nothing is out of": (
+        each("pilot", lambda r: r["sentinels"].update(gemm_s=[2e-3 + 1.3e-4 * n for n in range(10)])),
+        "blocks.rerun",
+    ),
+    "other readings of the warm-up": (
+        each("pilot", lambda r: r["sentinels"]["gemm_s"].__setitem__(0, 3e-3)),
+        "pilot.outcome",
+    ),
+    "called to be run again elsewhere": (each("rerun", lambda r: r.update(block=2)), "blocks.rerun"),
     "a field missing": (each("verify", lambda r: r.pop("greedy"), arm="tp4"), "malformed"),
 }

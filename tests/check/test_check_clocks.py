@@ -48,7 +48,7 @@ def test_the_planted_arm_may_do_an_untimed_prefill(untimed_s: float) -> None:
 
 
 def test_no_more_than_that() -> None:
-    assert gates(told(1.9)) == {"time.blocks"}
+    assert gates(told(1.9)) == {"time.idle"}
 
 
 def test_another_arm_may_not() -> None:

@@ -1,5 +1,6 @@
 """`check` accepts untouched runs and rejects every tampered one, for the reason that was tampered with."""
 
+import copy
 import itertools
 import random
 from pathlib import Path
@@ -70,28 +71,49 @@ def test_what_no_check_can_detect_needs_a_published_link(run: Path) -> None:
     assert checked(run, published=seal(run / "journal.jsonl").link).findings == ()
 
 
+def retimed(record: tamperings.Record, after_s: float, draw: random.Random) -> None:
+    """A block of the same times but for some ten microseconds, right behind the record ahead."""
+    turns, idle_s = record["turns"], 0.002 if record["arm"] != tamperings.BASE[2] else 5.1
+    for phase in ("prefill_s", "decode_s"):
+        factor = 1 + 1e-5 * draw.random()
+        for times in (record, turns):
+            times[phase] = [round(seconds * factor, 9) for seconds in times[phase]]
+    now = after_s + 0.006
+    for n in range(len(turns["prefill_s"])):
+        turns["prefill_start_s"][n] = now
+        turns["decode_start_s"][n] = now + turns["prefill_s"][n] + idle_s
+        now = turns["decode_start_s"][n] + turns["decode_s"][n] + 0.002
+    record.update({key: turns[key][0] for key in ("prefill_start_s", "decode_start_s")})
+    record["time_s"] = now + 0.001
+
+
 @pytest.mark.parametrize("count", [12, 30, 45])
 def test_accepts_a_run_that_was_killed_and_resumed(run: Path, count: int) -> None:
     """A launch that is begun again: another attempt, only the blocks that are missing, warm-up once more."""
 
     def resume(found: tamperings.Documents) -> None:
         whole = [record for record in found.records if record["launch"] == 0]
-        cut = whole[:count]
+        cut = copy.deepcopy(whole[:count])
         done = done_blocks(cut, 0)
         moved = cut[-1]["time_s"] - whole[0]["time_s"] + 30
         later = [record | {"time_s": record["time_s"] + moved} for record in whole]
         later = [record for record in later if record.get("block") not in done]
+        if pilot := [
+            record for record in cut if record["kind"] == "pilot"
+        ]:  # made once: it then holds for warm-up, too
+            later = [record for record in later if record["kind"] != "pilot"]
+            for record in (record for record in later if record.get("warmup")):
+                columns = record["turns"]
+                record["turns"] = {key: values * pilot[0]["turns"] for key, values in columns.items()}
         for record in later:
             record.update({"attempt": 1} if record["kind"] in ("launch", "block") else {})
         draw = random.Random(count)
         for before, record in itertools.pairwise(later):  # what is left out took no time
             if record["kind"] == "block":
-                for phase in ("prefill_s", "decode_s"):
-                    record[phase] = [round(seconds * (1 + 1e-5 * draw.random()), 9) for seconds in record[phase]]
-                took = max(record["prefill_s"]) + max(record["decode_s"])
-                record["prefill_start_s"] = before["time_s"] + 0.006
-                record["decode_start_s"] = record["prefill_start_s"] + max(record["prefill_s"]) + 0.001
-                record["time_s"] = before["time_s"] + took + 0.009
+                retimed(record, before["time_s"], draw)
+            elif record["kind"] == "pilot":
+                times = [record[phase] for phase in ("prefill_s", "decode_s")]
+                record["time_s"] = before["time_s"] + sum(map(sum, [*times, *record["sentinels"].values()])) + 0.01
             elif before["kind"] == "block":
                 record["time_s"] = before["time_s"] + 0.007
         later[0]["started_s"] = cut[-1]["time_s"] + 20
@@ -99,6 +121,8 @@ def test_accepts_a_run_that_was_killed_and_resumed(run: Path, count: int) -> Non
         for record in rest:
             for mark in ("started_s", "prefill_start_s", "decode_start_s"):
                 record.update({mark: record[mark] + moved + 300} if mark in record else {})
+                if mark in record.get("turns", {}):
+                    record["turns"][mark] = [start + moved + 300 for start in record["turns"][mark]]
         found.records = [*cut, *later, *rest]
 
     tamperings.forge(run, resume)
@@ -131,6 +155,7 @@ def test_accepts_that_rank_0_leaves_a_barrier_last(run: Path) -> None:
         for record in found.of("block", arm="tp4"):
             for phase in ("prefill", "decode"):
                 record[f"{phase}_start_s"] += 0.03
+                record["turns"][f"{phase}_start_s"] = [at + 0.03 for at in record["turns"][f"{phase}_start_s"]]
                 record[f"{phase}_s"][0] = round(record[f"{phase}_s"][0] - 0.03, 9)
 
     tamperings.forge(run, late)

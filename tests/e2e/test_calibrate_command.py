@@ -41,7 +41,7 @@ def test_a_calibration_of_two_ranks_and_a_run_measured_against_it(tmp_path: Path
         assert all(point.low_s <= point.median_s <= point.high_s and point.n >= 5 for point in cost.points)
         assert cost.time_s(0) >= 0 and math.isfinite(cost.worst_relative_error)
 
-    summary = headgrid("compare", *TINY, *ARMS, "--calibration", "here.json", cwd=tmp_path)
+    summary = headgrid("compare", *TINY, *ARMS, "--block-seconds", "0", "--calibration", "here.json", cwd=tmp_path)
     rows = {(row["label"], row["kind"]): row for row in summary["ceilings"]["shares"]}
     assert summary["ceilings"]["calibration"]["sha256"] == said["sha256"] and summary["ceilings"]["data_sheet"] is None
     assert {row["of"] for row in rows.values()} == {"measured"}

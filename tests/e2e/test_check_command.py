@@ -25,6 +25,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small comparison on this machine's CPU."""
     folder = tmp_path_factory.mktemp("check")
     sizes = ["--ranks", "2", "--batch", "4", "--seq", "24", "--decode-steps", "4", "--blocks", "3"]
+    sizes += ["--block-seconds", "0.02"]
     done = headgrid("compare", "--model", "tiny", "--arms", "pp2,n1m2:batch", *sizes, "--device", "cpu", cwd=folder)
     assert done.returncode == 0, done.stderr
     return next((folder / "runs").iterdir())

@@ -101,7 +101,9 @@ def test_compare_runs_a_checkpoint(reference: tuple[LlamaForCausalLM, Path], tmp
     _, folder = reference
     sizes = ("--batch", "4", "--seq", "16", "--decode-steps", "8", "--blocks", "1", "--device", "cpu")
     arms = ("--ranks", "4", "--arms", "tp2pp2,n2m2:batch")
-    found = answer(headgrid("compare", "--model", folder, *arms, *sizes, "--json", cwd=tmp_path))
+    found = answer(
+        headgrid("compare", "--model", folder, *arms, *sizes, "--block-seconds", "0", "--json", cwd=tmp_path)
+    )
     assert [arm["verified"] for arm in found["arms"]] == [True] * 4
     assert found["negative_control_rejected"]
     design = json.loads(next(tmp_path.glob("runs/*/design.json")).read_text())

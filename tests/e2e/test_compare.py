@@ -17,7 +17,10 @@ from headgrid.experiment.telemetry import read
 from headgrid.experiment.telemetry_series import windows
 from headgrid.runtime import launch
 
-SMALL = ("--ranks", "4", "--model", "tiny", "--batch", "4", "--seq", "16", "--decode-steps", "2", "--device", "cpu")
+SMALL = (
+    *("--ranks", "4", "--model", "tiny", "--batch", "4", "--seq", "16", "--decode-steps", "2", "--device", "cpu"),
+    *("--block-seconds", "0"),
+)
 TWO_ARMS = ("--arms", "tp2pp2,n2m2:batch")  # where it is not the arms that are tested
 
 
@@ -55,7 +58,7 @@ def ended(processes: list[psutil.Process], within_s: float = 20) -> bool:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("compare")
-    done = headgrid("compare", *SMALL, "--blocks", "2", "--json", cwd=folder)
+    done = headgrid("compare", *SMALL, "--block-seconds", "0.02", "--blocks", "2", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), folder
 
@@ -84,6 +87,20 @@ def test_a_slow_down_is_planted_and_sentinels_are_read(finished: tuple[dict, Pat
     for record in (record for record in records if record["kind"] in ("block", "end")):
         assert all(len(times) == 4 and min(times) > 0 for times in record["sentinels"].values())
     assert len(records[-1]["sentinels"]) == 3
+
+
+def test_a_pilot_sets_the_turns_of_each_block(finished: tuple[dict, Path]) -> None:
+    """As many turns as it finds long enough, or dependence asks for: of a few milliseconds each, on a quiet machine."""
+    summary, folder = finished
+    records = [json.loads(line) for line in (folder / summary["run"] / "journal.jsonl").read_text().splitlines()]
+    (place,) = (n for n, record in enumerate(records) if record["kind"] == "pilot")
+    pilot, blocks = records[place], [record for record in records if record["kind"] == "block"]
+    assert all(record["warmup"] is (n < place) for n, record in enumerate(records) if record["kind"] == "block")
+    assert len(pilot["prefill_s"]) >= 2 and len(pilot["sentinels"]["gemm_s"]) == len(pilot["prefill_s"]) + 7
+    assert pilot["turns"] * pilot["turn_s"] >= 0.02 and summary["pilot"]["turns"] == pilot["turns"]
+    for record in blocks:
+        assert {len(column) for column in record["turns"].values()} == {1 if record["warmup"] else pilot["turns"]}
+    assert summary["reruns"]["blocks"] == 0  # of two blocks a quarter is none
 
 
 def test_measured_memory_and_traffic_are_the_predicted_ones(finished: tuple[dict, Path]) -> None:
@@ -139,7 +156,8 @@ def test_telemetry_runs_beside_and_isolation_is_judged(finished: tuple[dict, Pat
     seen = {pid for sample in telemetry.sessions[0].samples for pid in sample.get("process", {}).get("pids", [])}
     assert len(set(ranks)) == 4 and set(ranks) <= seen
     covered = windows(records)
-    assert len(covered) == 2 * 7 * 2  # phases, arms with the A/A twin and the planted one, blocks
+    turns = summary["pilot"]["turns"]
+    assert len(covered) == 2 * 7 * 2 * turns  # phases, arms with the A/A twin and the planted one, blocks
     late_s = 0.1  # ranks leave a barrier as the host lets them, and each counts from then; windows are rank 0's
     assert all(a.end_s <= b.start_s + late_s and a.start_s < b.start_s for a, b in pairwise(covered))
     first, last = telemetry.sessions[0].samples[0], telemetry.sessions[0].samples[-1]
@@ -161,7 +179,8 @@ def test_report_can_be_made_again_from_the_journal_alone(finished: tuple[dict, P
 
 
 def test_a_killed_run_keeps_its_records_and_resumes(tmp_path: Path) -> None:
-    process = start("compare", *SMALL, *TWO_ARMS, "--blocks", "6", cwd=tmp_path)
+    """The pilot among them: what it decided holds for the rest of the run."""
+    process = start("compare", *SMALL, *TWO_ARMS, "--block-seconds", "0.02", "--blocks", "6", cwd=tmp_path)
     run = wait_for_blocks(tmp_path, 10, process)  # the warm-up, a whole block and a part of the next
     ranks = family(process)
     assert len(ranks) >= 5  # the fork server and four ranks
@@ -180,7 +199,10 @@ def test_a_killed_run_keeps_its_records_and_resumes(tmp_path: Path) -> None:
     last = {block: max(r["attempt"] for r in timed if r["block"] == block) for block in {r["block"] for r in timed}}
     assert len(last) == 6 and set(last.values()) == {0, 1}
     for block, attempt in last.items():  # what counts of a block comes from one set of processes, and is all of it
-        assert len([r for r in timed if (r["block"], r["attempt"]) == (block, attempt)]) == 4
+        mine = [r for r in timed if (r["block"], r["attempt"]) == (block, attempt)]
+        assert len([r for r in mine if r["retry"] == max(r["retry"] for r in mine)]) == 4
+    (pilot,) = (r for r in records if r["kind"] == "pilot")
+    assert {len(r["turns"]["decode_s"]) for r in timed} == {pilot["turns"]}
     assert len([r for r in records if r["kind"] == "block" and r["warmup"] and r["attempt"] == 1]) == 4
     assert json.loads(done.stdout.splitlines()[-1])["complete"]
 
@@ -238,6 +260,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
         (("--out", "/proc/nowhere"), 64, ("cannot write the run folder",)),
         (("--resume", "nowhere"), 64, ("is not a run folder",)),
         (("--ranks", "1"), 64, ("--ranks",)),
+        (("--block-seconds", "-1"), 64, ("--block-seconds",)),
+        (("--block-seconds", "inf"), 64, ("a block of inf s", "--block-seconds 0")),
         (("--telemetry-hz", "1000"), 64, ("1000 telemetry samples per second", "--telemetry-hz 10")),
         (("--unknown",), 64, ("--unknown",)),
     ],

@@ -18,7 +18,7 @@ def headgrid(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_fp8_arms_are_verified_and_named_with_their_error(tmp_path: Path) -> None:
-    done = headgrid("compare", "--ranks", "2", "--arms", ARMS, *SIZES, "--json", cwd=tmp_path)
+    done = headgrid("compare", "--ranks", "2", "--arms", ARMS, *SIZES, "--block-seconds", "0", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     arms = {arm["label"]: arm for arm in summary["arms"]}

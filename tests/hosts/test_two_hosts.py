@@ -27,7 +27,18 @@ AHEAD_S = 5000.0
 def test_a_comparison_that_lost_a_rank_is_complete_when_resumed(cluster: Cluster, tmp_path: Path) -> None:
     """In two launches; the second host's clock is wrong, and it alone has others' load."""
     first, second = cluster.folders
-    command = ("-m", "headgrid", "compare", *SMALL, "--arms", "n2m2:batch,n1m4:batch", "--blocks", "2")
+    command = (
+        "-m",
+        "headgrid",
+        "compare",
+        *SMALL,
+        "--arms",
+        "n2m2:batch,n1m4:batch",
+        "--blocks",
+        "2",
+        "--block-seconds",
+        "0.02",
+    )
     cluster.paths[1] = clock_ahead(tmp_path / "ahead", AHEAD_S)
     with own_cpu(tmp_path / "stat0", 0.0, 0.0) as idle, own_cpu(tmp_path / "stat1", 0.6, 0.4) as loaded:
         cluster.before = (idle, loaded)
@@ -140,7 +151,18 @@ def test_what_is_predicted_to_cross_goes_over_the_cable(cluster: Cluster) -> Non
 
 def test_a_refusal_on_one_host_is_said_on_both(cluster: Cluster) -> None:
     (cluster.folders[0] / "input.txt").write_text("word " * 1000)  # which the second host does not have
-    command = ("-m", "headgrid", "compare", *SMALL, "--arms", "tp2,n1m2:batch", "--text", "input.txt")
+    command = (
+        "-m",
+        "headgrid",
+        "compare",
+        *SMALL,
+        "--arms",
+        "tp2,n1m2:batch",
+        "--block-seconds",
+        "0.02",
+        "--text",
+        "input.txt",
+    )
     started = cluster.torchrun(*command, ranks=1, port=29605)
     assert 0 not in ended(started) and cluster.settled()
     for each in started:

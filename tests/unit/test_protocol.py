@@ -248,7 +248,7 @@ def test_design_with_a_planted_arm_is_declared_and_hashed() -> None:
 
     design = made(0.025)
     assert [(arm.label, arm.layout, arm.role) for arm in design.arms][2] == ("tp4 (+2.5 %)", "tp4", "planted")
-    assert from_dict(design.to_dict()) == design and analysis_of(design.to_dict()) == 2
+    assert from_dict(design.to_dict()) == design and analysis_of(design.to_dict()) == 3
     assert made(0.03).to_dict()["hash"] != design.to_dict()["hash"]
     assert [arm.role for arm in name_arms(["tp4"])] == ["baseline", "aa"]
     with pytest.raises(InvalidInput):

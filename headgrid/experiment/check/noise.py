@@ -18,7 +18,9 @@ TWIN_RATIO = 1.05
 
 def digits(run: Run) -> Outcome:
     """Durations are rounded to nanoseconds, and use them."""
-    values = [s for record in of_kind(run.records, "block") for phase in PHASES for s in record[f"{phase}_s"]]
+    blocks = list(of_kind(run.records, "block"))
+    values = [s for record in blocks for phase in PHASES for s in record[f"{phase}_s"]]
+    values += [s for record in blocks for phase in PHASES for s in (record.get("turns") or {}).get(f"{phase}_s", ())]
     odd = [seconds for seconds in values if round(seconds, 9) != seconds]
     if odd:
         yield Finding("noise.digits", "blocks", f"{len(odd)} durations are not whole nanoseconds, such as {odd[0]!r} s")
@@ -38,7 +40,7 @@ def copies(run: Run) -> Outcome:
             times = record[f"{phase}_s"]
             if len(times) > 1 and seen.setdefault(tuple(times), where) is not where:
                 yield Finding("noise.copies", where, f"{phase} has the times of {seen[tuple(times)]}")
-            key = (record["launch"], record["block"], record.get("attempt", 0), phase)
+            key = (record["launch"], record["block"], record.get("attempt", 0), record.get("retry", 0), phase)
             for other, theirs in neighbours[key]:
                 if _scaled(times, theirs):
                     yield Finding("noise.copies", where, f"{phase} has the times of {other}, times a factor")

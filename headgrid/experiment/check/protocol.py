@@ -7,7 +7,7 @@ from headgrid.experiment.check.clocks import CLOCK_READ_S
 from headgrid.experiment.check.finding import Finding, Note, Outcome
 from headgrid.experiment.check.run import Run, segments
 from headgrid.experiment.design import ANALYSIS, analysis_of
-from headgrid.experiment.records import Record
+from headgrid.experiment.records import Record, turns_s
 from headgrid.experiment.sentinel_bands import KINDS
 from headgrid.experiment.stats import PHASES
 
@@ -33,7 +33,7 @@ def sentinels(run: Run) -> Outcome:
     for segment in segments(run.records):
         rest = (record for record in segment.records if record["kind"] != "breakdown")  # behind the last reading
         for before, record in itertools.pairwise(rest):
-            if record["kind"] == "block" or (record["kind"] == "end" and record["completed"]):
+            if record["kind"] in ("block", "rerun") or (record["kind"] == "end" and record["completed"]):
                 where = f"{segment.where}, {record['kind']} {record.get('block', '')}".rstrip()
                 yield from _readings(run, before, record, where)
 
@@ -44,7 +44,8 @@ def _readings(run: Run, before: Record, record: Record, where: str) -> Iterator[
     if any(len(ranks) != run.design["ranks"] or min(ranks) <= 0 for ranks in times):
         yield Finding("sentinels", where, f"not every rank has a time above 0 of {', '.join(KINDS)}")
         return
-    took_s = sum(ranks[0] for ranks in times) + sum(record.get(f"{phase}_s", [0.0])[0] for phase in PHASES)
+    turns = len(turns_s(record, "prefill")) if record["kind"] == "block" else 0
+    took_s = sum(ranks[0] for ranks in times) + turns * sum(record.get(f"{phase}_s", [0.0])[0] for phase in PHASES)
     gap_s = record["time_s"] - before["time_s"]
     if took_s > gap_s + CLOCK_READ_S * (1 + took_s):
         yield Finding("sentinels", where, f"took {took_s:.4f} s with what was timed, within {gap_s:.4f} s")

@@ -98,10 +98,10 @@ def blocks(run: Run) -> Outcome:
     for segment in segments(run.records):
         done = done_blocks(run.records[: segment.start], segment.launch)
         expected = list(_turns(run, segment, done))
-        found = [(record["block"], record["arm"]) for record in segment.of("block")]
+        found = [(record["block"], record["arm"], record.get("retry", 0)) for record in segment.of("block")]
         wrong = next((k for k, pair in enumerate(found) if k >= len(expected) or pair != expected[k]), None)
         if wrong is not None:
-            due = "nothing" if wrong >= len(expected) else "block {} of {}".format(*expected[wrong])
+            due = "nothing" if wrong >= len(expected) else "block {} of {} (try {})".format(*expected[wrong])
             what = f"block {found[wrong][0]} of {found[wrong][1]} was timed when {due} was due"
             yield Finding("blocks.order", segment.where, what)
         elif segment.of("end") and len(found) < len(expected):
@@ -111,11 +111,13 @@ def blocks(run: Run) -> Outcome:
             yield from _block(run, segment, record)
 
 
-def _turns(run: Run, segment: Segment, done: list[int]) -> Iterator[tuple[int, str]]:
+def _turns(run: Run, segment: Segment, done: list[int]) -> Iterator[tuple[int, str, int]]:
+    """Block, arm, and 1 where the journal says that the block was run again (whether it had to be: `check.pilot`)."""
     verified = {record["arm"] for record in segment.of("verify") if record["verified"] is True}
+    again = {record["block"] for record in segment.of("rerun")}
     for block, order in enumerate(run.design["order"][segment.launch]):
-        if block not in done:
-            yield from ((block, run.labels[place]) for place in order if run.labels[place] in verified)
+        for retry in range(0 if block in done else 1 + (block in again)):
+            yield from ((block, run.labels[place], retry) for place in order if run.labels[place] in verified)
 
 
 def _block(run: Run, segment: Segment, record: Record) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from headgrid.errors import InvalidInput, NotAvailable
 from headgrid.experiment.design import Device
 from headgrid.experiment.folder import write_json
 from headgrid.experiment.machine import ensure_devices, environment, gpu_rows, look
-from headgrid.experiment.runner import Progress
+from headgrid.experiment.progress import Progress
 from headgrid.runtime import launch
 from headgrid.spec.calibration import Calibration, calibration_of
 

@@ -4,28 +4,19 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headgrid.experiment.design import Design
 from headgrid.experiment.folder import open_run
 from headgrid.experiment.pilot import pilot_of
+from headgrid.experiment.progress import Progress
 from headgrid.experiment.records import done_blocks, finished_launches, of_kind, slowest_s
 from headgrid.experiment.starting import HERE, Starter
 from headgrid.experiment.telemetry import DEFAULT_HZ, Sampler
 from headgrid.runtime import launch
 
 TARGET = "headgrid.experiment.worker:run_launch"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is: records of each kind that exist and that will, and the latest one."""
-
-    done: int
-    total: int
-    latest: str
 
 
 def carry_out(

@@ -21,7 +21,8 @@ from headgrid.experiment import budget, folder, plan
 from headgrid.experiment.design import Design
 from headgrid.experiment.families import Family, parse_family
 from headgrid.experiment.machine import Machine, ensure_devices, look
-from headgrid.experiment.runner import Progress, carry_out_launch, expected_records
+from headgrid.experiment.progress import Progress
+from headgrid.experiment.runner import carry_out_launch, expected_records
 from headgrid.experiment.starting import HERE, Starter
 from headgrid.experiment.telemetry import DEFAULT_HZ
 from headgrid.layout.layout import Layout

@@ -13,7 +13,7 @@ from headgrid.errors import InvalidInput
 from headgrid.experiment.check.check import RUN_GATES, check_run
 from headgrid.experiment.check.finding import Verdict
 from headgrid.experiment.journal import seal
-from headgrid.experiment.runner import done_blocks
+from headgrid.experiment.records import done_blocks
 
 BENCHMARKS = sorted(path.parent for path in (Path(__file__).parents[2] / "benchmarks").glob("*/journal.jsonl"))
 

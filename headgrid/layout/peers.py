@@ -27,20 +27,23 @@ def suits(model: ModelSpec, layout: Layout, sequences: int, element_bytes: int) 
 
 
 def exchanges(model: ModelSpec, layout: Layout) -> bool:
-    """Whether the exchange goes that way, too: `batch` or `sequence`, of slices of one width without norms of heads."""
+    """Whether the exchange goes that way, too: all but `scores`, of slices of one width without norms."""
     shards = [head_shard(model, layout, 0, j) for j in range(layout.num_dim_slices)]
     even = len({width for shard in shards for width in (shard.qk_width, len(shard.v_channels))}) == 1
-    return layout.exchange in ("batch", "sequence") and even and not model.qk_norm
+    return layout.exchange in ("batch", "gather", "sequence") and even and not model.qk_norm
 
 
 def _exchange_bytes(
     model: ModelSpec, layout: Layout, micro_batch: MicroBatch, head_group: int, element_bytes: int
 ) -> int:
-    """Of one decode micro-batch: a slice's projections of all its sequences, and whole heads' outputs; with `batch` of
-    the most sequences that a slice has, with `sequence` of all, in fp32, and with their log-sum-exps.
+    """Of one decode micro-batch: a slice's projections of all its sequences, and unless K and V stay apart (`gather`)
+    whole heads' outputs; with `batch` of the most sequences that a slice has, with `sequence` of all, in fp32, and with
+    their log-sum-exps.
     """
     shard, b = head_shard(model, layout, head_group, 0), micro_batch.size
     whole, sent_bytes = len(shard.v_channels) * layout.num_dim_slices, b * shard.row_width * element_bytes
+    if layout.exchange == "gather":
+        return sent_bytes
     if layout.exchange == "sequence":
         return sent_bytes + b * len(shard.heads) * (whole + 1) * 4
     return sent_bytes + max(map(len, micro_batch.parts)) * len(shard.heads) * whole * element_bytes

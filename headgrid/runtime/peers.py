@@ -1,9 +1,9 @@
 """Decode's small collectives as loads from the memory of the other GPUs of a host, within the kernels that need them.
 
 A sum over ranks, the residual's addition and the next norm are one kernel, and so are each collective of the exchanges
-`batch` and `sequence` with the copies, the cache write or the merging around it. NCCL takes 10 to 14 us for each of
-these sums and exchanges, whatever is sent, and every kernel around them 2 more: together half of a layer's time when
-the cache is small. Sums are made in fp32, of fp16 too, which PyTorch's own symmetric-memory reductions refuse.
+`batch`, `gather` and `sequence` with the copies, the cache write or the merging around it. NCCL takes 10 to 14 us for
+each of these sums and exchanges, whatever is sent, and every kernel around them 2 more: together half of a layer's time
+when the cache is small. Sums are made in fp32, of fp16 too, which PyTorch's own symmetric-memory reductions refuse.
 """
 
 from collections.abc import Callable
@@ -129,48 +129,67 @@ class Shuffle:
         return q
 
 
-class Spread:
-    """The exchange `sequence` of one decode micro-batch: every slice gets all channels and attends with all queries to
-    the positions that it keeps; then each merges its channels from all slices' parts.
-    """
+class Gather:
+    """The exchange `gather` of one decode micro-batch: every slice gets whole heads of Q and K, and keeps its V."""
+
+    kernel = "to_keys"
 
     def __init__(self, axis: Axis, micro_batch: MicroBatch, slices: Slices, dtype: torch.dtype, device: torch.device):
         """Collective over `axis`, whose slices are all of the same width."""
         self.slices, b, width = slices, micro_batch.size, slices.row_widths[0]
         self.window = Window(axis, b * width, dtype, device)
         self.projections = self.window.local.view(b, width)
-        whole = b * slices.heads * sum(slices.v_widths)
+
+    def __call__(self, core: Core) -> Tensor:
+        """From `projections` [b, ...] of this slice to its channels of the attention output [b, H u]."""
+        slices, b = self.slices, len(self.projections)
+        q = self.join(core, b * (slices.heads + slices.kv_heads) * slices.qk_widths[0])
+        out = q.new_empty(b, 1, slices.heads, slices.v_widths[0])
+        core.attend_stored(q, out)
+        return out.view(b, -1)
+
+    def join(self, core: Core, sent: int) -> Tensor:
+        """The queries [b, 1, H, d] of all sequences; their keys and values go into the cache. Each other rank needs
+        `sent` elements of this one.
+        """
+        slices, axis, b = self.slices, self.window.axis, len(self.projections)
+        issued = axis.issue("all_gather", (axis.size - 1) * sent * self.projections.element_size())
+        q = self.projections.new_empty(b, 1, slices.heads, sum(slices.qk_widths))
+        assert core.cache is not None
+        k, v = core.cache
+        getattr(_kernels(), self.kernel)[(b,)](
+            *self.window.pointers, q, k, v, core.queries.at, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            slices.heads, slices.kv_heads, D=q.shape[3], **_constants(axis, slices.qk_widths[0]),
+        )  # fmt: skip
+        return axis.done(issued, q)
+
+
+class Spread(Gather):
+    """The exchange `sequence` of one decode micro-batch: every slice gets all channels and attends with all queries to
+    the positions that it keeps; then each merges its channels from all slices' parts.
+    """
+
+    kernel = "to_all"
+
+    def __init__(self, axis: Axis, micro_batch: MicroBatch, slices: Slices, dtype: torch.dtype, device: torch.device):
+        """Collective over `axis`, whose slices are all of the same width."""
+        super().__init__(axis, micro_batch, slices, dtype, device)
+        b, whole = micro_batch.size, micro_batch.size * slices.heads * sum(slices.v_widths)
         self.parts = Window(axis, whole + b * slices.heads, torch.float32, device)
         self.attended = self.parts.local[:whole].view(b, 1, slices.heads, -1)
         self.sums = self.parts.local[whole:].view(b, 1, slices.heads)
 
     def __call__(self, core: Core) -> Tensor:
         """From `projections` [b, ...] of this slice to its channels of the attention output [b, H u]."""
-        axis, heads, u, others = self.window.axis, self.slices.heads, self.slices.v_widths[0], self.window.axis.size - 1
-        issued = axis.issue("all_gather", others * self.window.local.nbytes)
-        q = self._to_all(core)
-        axis.done(issued, q)
+        axis, heads, u = self.window.axis, self.slices.heads, self.slices.v_widths[0]
+        q = self.join(core, self.projections.numel())
         core.attend_kept(q, Keys(axis.index, axis.size), (self.attended, self.sums))
-        issued = axis.issue("all_to_all", others * len(q) * heads * (u + 1) * self.sums.element_size())
+        issued = axis.issue("all_to_all", (axis.size - 1) * len(q) * heads * (u + 1) * self.sums.element_size())
         out = q.new_empty(len(q), heads * u)
         _kernels().merge_parts[(len(q),)](
             *self.parts.pointers, out, self.attended.numel(), heads, D=u * axis.size, **_constants(axis, u)
         )
         return axis.done(issued, out)
-
-    def _to_all(self, core: Core) -> Tensor:
-        """The queries [b, 1, H, d] of all sequences; their keys and values go into the cache where this slice keeps
-        their position.
-        """
-        slices, b = self.slices, len(self.projections)
-        q = self.projections.new_empty(b, 1, slices.heads, sum(slices.qk_widths))
-        assert core.cache is not None
-        k, v = core.cache
-        _kernels().to_all[(b,)](
-            *self.window.pointers, q, k, v, core.queries.at, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            slices.heads, slices.kv_heads, D=q.shape[3], **_constants(self.window.axis, slices.qk_widths[0]),
-        )  # fmt: skip
-        return q
 
 
 def _constants(axis: Axis, width: int) -> dict[str, int]:
@@ -180,11 +199,11 @@ def _constants(axis: Axis, width: int) -> dict[str, int]:
     return sizes | {"HEADS": max(1, min(32, heads)), "num_warps": 4}
 
 
-_EXCHANGES: dict[str, Callable[..., Shuffle | Spread]] = {"batch": Shuffle, "sequence": Spread}
+_EXCHANGES: dict[str, Callable[..., Shuffle | Gather]] = {"batch": Shuffle, "gather": Gather, "sequence": Spread}
 
 
 class DirectStage(Stage):
-    """A stage that decodes with its collectives in `Sums` and, where it may, in `Shuffle` or `Spread`."""
+    """A stage that decodes with its collectives in `Sums` and, where it may, in one of `_EXCHANGES`."""
 
     def __init__(self, stage: Stage, plan: tuple[MicroBatch, ...]) -> None:
         """The stage's weights and cache; collective over the ranks that share its layers. See `direct_stage`."""
@@ -193,7 +212,7 @@ class DirectStage(Stage):
         )
         tokens = max(mb.size for mb in plan)
         self.sums = Sums(self.mesh.tp, tokens, self.model, self.dtype, self.device)
-        self.exchanges: dict[MicroBatch, Shuffle | Spread] = {}
+        self.exchanges: dict[MicroBatch, Shuffle | Gather] = {}
         if exchanges(self.model, self.layout) and tokens <= self.sums.window.blocks:
             make = _EXCHANGES[self.layout.exchange]
             for mb in plan:

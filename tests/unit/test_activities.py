@@ -25,6 +25,7 @@ NAMES: dict[str, set[str] | None] = {
     "to_rows": {"all_to_all"},
     "to_channels": {"all_to_all"},
     "to_all": {"all_gather"},
+    "to_keys": {"all_gather"},
     "merge_parts": {"all_to_all"},
     "Memcpy DtoD (Device -> Device)": None,
     "Memset (Device)": None,

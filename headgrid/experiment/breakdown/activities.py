@@ -16,6 +16,7 @@ PEERS = {
     "to_rows": "all_to_all",
     "to_channels": "all_to_all",
     "to_all": "all_gather",
+    "to_keys": "all_gather",
     "merge_parts": "all_to_all",
 }
 """Kernels that load from the memory of other ranks, and the collective that each is reported as."""

@@ -95,7 +95,9 @@ def to_rows(
     if row < rows:
         position = tl.load(position_ptr + row)
         key, value = k_ptr + row * k_b + position * k_s, v_ptr + row * v_b + position * v_s
-        join(buffers, first_row + row, row, q_ptr, key, value, True, heads, kv_heads, SIZE, D, W, W_BLOCK, HEADS)
+        join(
+            buffers, first_row + row, row, q_ptr, key, value, True, heads, kv_heads, RANK, SIZE, D, D, W, W_BLOCK, HEADS
+        )
 
 
 @triton.jit
@@ -112,13 +114,30 @@ def to_all(
     position = tl.load(position_ptr + row)
     slot, kept = position // SIZE, position % SIZE == RANK
     key, value = k_ptr + row * k_b + slot * k_s, v_ptr + row * v_b + slot * v_s
-    join(buffers, row, row, q_ptr, key, value, kept, heads, kv_heads, SIZE, D, W, W_BLOCK, HEADS)
+    join(buffers, row, row, q_ptr, key, value, kept, heads, kv_heads, RANK, SIZE, D, D, W, W_BLOCK, HEADS)
 
 
 @triton.jit
-def join(buffers, theirs, row, q_ptr, key, value, kept, heads, kv_heads, SIZE: tl.constexpr, D: tl.constexpr,
-         W: tl.constexpr, W_BLOCK: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    """Row `theirs` of all slices' buffers: whole heads of queries to `row`, of keys and values where `kept`."""
+def to_keys(
+    buffers, signals, q_ptr, k_ptr, v_ptr, position_ptr, k_b, k_s, v_b, v_s, heads, kv_heads,
+    RANK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence): its query from all slices, and its key into the cache; its value there as sliced as it is."""
+    meet(signals, RANK, SIZE)
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + row)
+    key, value = k_ptr + row * k_b + position * k_s, v_ptr + row * v_b + position * v_s
+    join(buffers, row, row, q_ptr, key, value, True, heads, kv_heads, RANK, SIZE, D, W, W, W_BLOCK, HEADS)
+
+
+@triton.jit
+def join(buffers, theirs, row, q_ptr, key, value, kept, heads, kv_heads, RANK: tl.constexpr, SIZE: tl.constexpr,
+         D: tl.constexpr, V_D: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+         HEADS: tl.constexpr):  # fmt: skip
+    """Row `theirs` of all slices' buffers: whole heads of queries to `row`, where `kept` those of keys, and of values,
+    of which only this slice's columns are wanted if heads of them have `V_D` = W channels.
+    """
     pointers = buffers.to(tl.pointer_type(tl.uint64))
     width = (heads + 2 * kv_heads) * W
     for rank in tl.static_range(SIZE):
@@ -127,7 +146,10 @@ def join(buffers, theirs, row, q_ptr, key, value, kept, heads, kv_heads, SIZE: t
         copy_heads(source, q_ptr + row * heads * D + own, heads, W, D, W, W_BLOCK, HEADS)
         if kept:
             copy_heads(source + heads * W, key + own, kv_heads, W, D, W, W_BLOCK, HEADS)
-            copy_heads(source + (heads + kv_heads) * W, value + own, kv_heads, W, D, W, W_BLOCK, HEADS)
+            if V_D == D:
+                copy_heads(source + (heads + kv_heads) * W, value + own, kv_heads, W, D, W, W_BLOCK, HEADS)
+            elif rank == RANK:
+                copy_heads(source + (heads + kv_heads) * W, value, kv_heads, W, W, W, W_BLOCK, HEADS)
 
 
 @triton.jit

@@ -45,7 +45,8 @@ def scale(
     telemetry_hz: TelemetryHz = DEFAULT_HZ,
     out: Out = Path("runs"),
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with a study; options but --telemetry-hz are ignored.")
+        Path | None,
+        typer.Option(help="Go on with a study; options but --telemetry-hz, under torchrun --device, are ignored."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -5,7 +5,7 @@ what it orders. The first process of each other host samples that host, with a s
 brought to the run folder at the end of each launch, with what its clock was ahead of rank 0's (`telemetry_hosts`).
 """
 
-import os
+import shutil
 import tempfile
 import time
 from base64 import b64decode, b64encode
@@ -66,7 +66,8 @@ class Across:
         started = self._crew.place.ranks
         for design in designs:
             if design.backend != self._backend:
-                raise InvalidInput(f"{design.name} needs {design.backend}, these ranks have {self._backend}")
+                what = f"{design.name} needs {design.backend}, these ranks have {self._backend}"
+                raise InvalidInput(what, legal=(f"--device {design.device}",))
             if design.ranks > started:
                 raise InvalidInput(f"{design.name} needs {design.ranks} ranks, and the launcher started {started}")
             number = self._crew.order("check", design.to_dict(), to := self._crew.leaders_of(design.ranks))
@@ -167,10 +168,12 @@ class _Duties:
     def __enter__(self) -> "_Duties":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Hand over what was sampled, should the run have ended by an error."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Hand over what was sampled, should the run have ended by an error, which others are told of before."""
         if self._sampler is not None:
             with suppress(Exception):
+                if isinstance(error, Exception):
+                    self._crew.tell(error)
                 self.stop(None, 0)
 
     def check(self, design: dict[str, Any], number: int) -> None:
@@ -224,10 +227,11 @@ class _Duties:
         assert self._sampler is not None
         self._sampler.stop()
         self._sampler = None
-        parts = self.bring(None, number)
-        self._crew.put(True, "sampled", self._session, self._crew.place.rank)
-        self._path.unlink()
-        os.rmdir(self._path.parent)
+        try:
+            parts = self.bring(None, number)
+            self._crew.put(True, "sampled", self._session, self._crew.place.rank)
+        finally:
+            shutil.rmtree(self._path.parent, ignore_errors=True)
         return parts
 
 

@@ -48,7 +48,7 @@ class PilotRule:
     least_readings: int = 7
     """Of sentinels, those of the warm-up among them: of fewer there is no band."""
     most_s: float = 5.0
-    """Only so many turns as fit, by the first one's time; of turns that no rule would repeat, `least_turns`."""
+    """Only so many turns as fit, by the first one's time, but `least_turns`, and as many as the readings take."""
     block_s: float = 0.25
     """A block takes so long at least."""
     taus: float = 10.0

@@ -124,7 +124,7 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
         check(model, layout, workload, ranks)
     fp8.ensure(model, layouts, machine.device)
     if wishes.batch is None:
-        fits = budget.largest_batch(model, layouts, workload, machine.device, machine.free_bytes, workload.batch)
+        fits = budget.largest_batch(model, layouts, workload, machine.device, budget.steady(machine), workload.batch)
         if 0 < fits < workload.batch:
             notes.append(f"batch {fits} instead of {workload.batch}: the largest that the predicted memory allows")
             workload = dataclasses.replace(workload, batch=fits)

@@ -1,7 +1,7 @@
 """What a run could have seen: did it find the slow-down that was planted in it, and how small a one would it find?
 
 The planted arm is the baseline's layout and engine. After its own timed work each rank waits inside the timed region
-until that work's duration has grown by the declared share (`worker`), so every rank's time, and with it the slowest
+until that work's duration has grown by the declared share (`stopwatch`), so every rank's time, and with it the slowest
 one's, is that of the work times 1 + share. It proves the path from the ranks' clocks over the journal to the verdict,
 at this run's noise. It is no slower kernel or exchange: it does not show what a slow rank does to the others.
 """

@@ -1,8 +1,8 @@
-"""Sentinels of a run: fixed pieces of work between the turns of arms, and the band in which the machine does them.
+"""Sentinels of a run: fixed pieces of work between the arms of a block, and the band in which the machine does them.
 
-Before each turn of an arm, and after the last one, every rank times the same small matrix product, all ranks the same
-all-reduce, and every host thread the same loop (`sentinel`). No arm's work is in them, so a reading that is out of the
-run's own band says that the machine was another one there. No torch in here.
+Before each arm's turns in a block, behind the last one's, and between the pilot's turns, every rank times the same
+matrix product, all ranks the same all-reduce, and every host thread the same loop (`sentinel`). No arm's work is in
+them, so a reading that is out of the run's own band says that the machine was another one there. No torch in here.
 """
 
 import math

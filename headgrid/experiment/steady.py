@@ -23,7 +23,7 @@ LEAST_TURNS = 8
 CUT_Z = 3.0
 
 Turns = Sequence[tuple[int, float]]
-"""Block and log time of each turn, in the order of time."""
+"""Block and log time of each arm in each block, in the order of time."""
 
 
 def steady_states(design: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ after that (F. Cristian, Probabilistic clock synchronization, 1989). Between two
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,18 @@ def clocks_of(records: Sequence[Row]) -> list[Row]:
 
 
 def in_rank_0_time(records: Sequence[Row]) -> list[Row]:
-    """All records but the clock's, with `time_s` by rank 0's clock; none where no clock was compared."""
-    clocks = clocks_of(records)
-    if not clocks:
-        return []
-    rows = [record for record in records if record["kind"] != "clock"]
-    return [{**row, "time_s": row["time_s"] - offset_s(clocks, row["time_s"])} for row in rows]
+    """All records but the clock's, with `time_s` by rank 0's clock; none of a session in which no clock was compared.
+
+    A run that was resumed has several sessions, perhaps of different machines, each with clocks of its own.
+    """
+    starts = [place for place, record in enumerate(records) if record["kind"] == "start"]
+    found: list[Row] = []
+    for first, last in pairwise([0, *starts[1:], len(records)]):
+        session = records[first:last]
+        if clocks := clocks_of(session):
+            rows = (record for record in session if record["kind"] != "clock")
+            found += [{**row, "time_s": row["time_s"] - offset_s(clocks, row["time_s"])} for row in rows]
+    return found
 
 
 def offset_s(clocks: Sequence[Row], time_s: float) -> float:

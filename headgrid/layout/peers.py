@@ -27,7 +27,7 @@ def suits(model: ModelSpec, layout: Layout, sequences: int, element_bytes: int) 
 
 
 def exchanges(model: ModelSpec, layout: Layout) -> bool:
-    """Whether the exchange goes that way, too: all but `scores`, of slices of one width without norms."""
+    """Whether the exchange goes that way, too: that of whole slices of one width, without norms."""
     shards = [head_shard(model, layout, 0, j) for j in range(layout.num_dim_slices)]
     even = len({width for shard in shards for width in (shard.qk_width, len(shard.v_channels))}) == 1
     return layout.exchange in ("batch", "gather", "sequence") and even and not model.qk_norm

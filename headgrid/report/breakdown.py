@@ -18,9 +18,9 @@ NAMES = ("compute", "exposed communication", "idle")
 """Of `PARTS`."""
 
 
-def tables(summary: Summary, layers: Mapping[str, int]) -> list[Table]:
+def tables(summary: Summary, layers: Mapping[str, float]) -> list[Table]:
     """The parts of every arm's step, and for each phase its collectives; none of a run that was not watched.
-    `layers` = layers on a rank of each layout.
+    `layers` = layers on a rank of each layout, the mean of its stages, as bytes are means of ranks.
     """
     rows = summary.get("breakdown")
     if not rows:
@@ -111,7 +111,7 @@ def _calls(
     rows: Sequence[Mapping[str, Any]],
     phase: Phase,
     called: Mapping[str, str],
-    on_rank: Mapping[str, int | None],
+    on_rank: Mapping[str, float | None],
     counted: Mapping[str, Counted],
 ) -> Table:
     head = (
@@ -152,7 +152,7 @@ def _calls(
     return Table(f"Communication breakdown: {phase}", head, found, note)
 
 
-def _call(call: Mapping[str, Any], on_rank: int | None, counted: Counted) -> list[Cell]:
+def _call(call: Mapping[str, Any], on_rank: float | None, counted: Counted) -> list[Cell]:
     rate, layers = call["bus_bytes_per_s"], (call["layers"] or {}).get("exposed_s")
     per_layer = [NOT_APPLICABLE] * 2
     if layers:

@@ -60,10 +60,11 @@ def _share(value: float | None, divisor: int) -> str:
 def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table | None:
     """What every arm sends in one phase, by collective; `layers` = layers on a rank of each layout.
 
-    An arm whose steps were watched has a breakdown that tells more of the same calls (report/breakdown.py), and is left
+    An arm whose calls were watched and timed has a breakdown that tells more of them (report/breakdown.py), and is left
     out; None if that are all.
     """
-    watched = {row["label"] for row in summary.get("breakdown") or () if row["phase"] == phase}
+    found = [row for row in summary.get("breakdown") or () if row["phase"] == phase]
+    watched = {row["label"] for row in found if all(call["time_s"] is not None for call in row["calls"])}
     arms = [arm for arm in _without_twins(summary) if arm["label"] not in watched]
     if not arms:
         return None
@@ -86,7 +87,7 @@ def traffic(summary: Summary, phase: Phase, layers: Mapping[str, int]) -> Table 
         " include waiting for other ranks and need not add up to a share of the times above. Messages between stages"
         " and weights gathered ahead travel while a rank computes: a time of their own was not measured."
     )
-    of = ", arms that were not watched" if watched else ""
+    of = ", arms whose calls were not watched and timed" if watched else ""
     return Table(f"Communication breakdown: {phase}{of}", head, rows, note)
 
 

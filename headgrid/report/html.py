@@ -79,7 +79,9 @@ def render(
     labels = [arm["label"] for arm in summary["arms"] if arm["verified"]]
     timed = blocks({label: numbers[label] for label in labels}, records, summary)
     script, script_hash = embed.script()
-    layers = {text: _layers_per_rank(*parts) for text, parts in layouts.items() if not isinstance(parts, str)}
+    known = {text: parts for text, parts in layouts.items() if not isinstance(parts, str)}
+    layers = {text: _layers_per_rank(*parts) for text, parts in known.items()}
+    mean = {text: model.num_layers / layout.pp for text, (model, layout) in known.items()}
     return environment.from_string(template).render(
         title=_title(design),
         maker=source_sha256,
@@ -99,7 +101,7 @@ def render(
         noise=belief.noise_line(summary),
         memory=costs.memory(summary),
         traffic=[
-            *breakdown.tables(summary, layers),
+            *breakdown.tables(summary, mean),
             *filter(None, (costs.traffic(summary, phase, layers) for phase in PHASES)),
         ],
         ceilings=ceilings.table(summary),

@@ -85,10 +85,8 @@ def rerun_line(summary: Summary) -> str:
         return "none: without a pilot no band is known beforehand"
     text = f"{found['blocks']:,} of {found['of_blocks']:,} blocks were run again for a sentinel out of the pilot's band"
     if found["left_out_of_band"]:
-        left = (
-            f"{found['left_out_of_band']:,} more were not, as at most {found['allowed_per_launch']:,} of a launch are"
-        )
-        text += f"; {left}"
+        text += f"; {found['left_out_of_band']:,} more were not: each is once at most, and of a launch at most"
+        text += f" {found['allowed_per_launch']:,}"
     if found["still_out"]:
         text += f"; in {found['still_out']:,} a sentinel was out again"
     changes = [(abs(row["first_tries"] / row["ratio"] - 1), row) for row in found["sensitivity"] if row["first_tries"]]

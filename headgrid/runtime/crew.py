@@ -3,7 +3,8 @@
 For every launch each of those whose rank takes part starts a fresh process, which meets the others of that launch under
 a name of its own in the launcher's store. So one start of torchrun serves any number of launches, each of any number of
 ranks: rank 0 and those that follow, one host after the other. Supervisors hold no process group and no device; while
-ranks work they sleep, and the first of each host looks every two seconds whether another one has failed.
+ranks work they sleep, and the first of each host looks every two seconds whether another one has failed; one whose rank
+takes no part in a launch asks twice a second for the next order.
 """
 
 import multiprocessing
@@ -20,7 +21,7 @@ from headgrid.layout.placement import host_numbers
 from headgrid.runtime import launch
 from headgrid.runtime.meeting import Elsewhere, Meeting, PeerLost
 
-GRACE_S = 10.0
+GRACE_S = 20.0
 """How long a supervisor may take to end its rank and to hand over what its host has sampled."""
 LOOK_S = {True: 2.0, False: 10.0}
 """How often the first process of a host looks for failures, and how often the others do: those the launcher ends."""

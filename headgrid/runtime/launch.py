@@ -209,14 +209,14 @@ def settle(error: HeadgridError) -> tuple[HeadgridError | None, Callable[[], Non
         return None if said_by_first else error, lambda: None
 
 
-def call(job: Job, *more: Any) -> None:
-    """Run the job in this process, one of torchrun's, inside `joined`; the target gets `more` behind the payload."""
-    _call(job, *torchrun_rank(), *more)
+def call(job: Job) -> None:
+    """Run the job in this process, one of torchrun's, inside `joined`."""
+    _call(job, *torchrun_rank())
 
 
-def _call(job: Job, rank: int, ranks: int, *more: Any) -> None:
+def _call(job: Job, rank: int, ranks: int) -> None:
     module, _, name = job.target.partition(":")
-    getattr(importlib.import_module(module), name)(rank, ranks, job.payload, *more)
+    getattr(importlib.import_module(module), name)(rank, ranks, job.payload)
 
 
 def _use_device(local_rank: int, backend: str) -> None:

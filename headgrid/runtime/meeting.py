@@ -15,8 +15,11 @@ from headgrid.runtime.hosts import host_id, local_address
 
 MEETING_S = 300.0
 """Until all ranks must have come: they import torch and open checkpoints meanwhile."""
-TELLING_S = 3.0
-"""How long a failed rank waits for its host's first rank to say so, before it says it itself."""
+TELLING_S = 12.0
+"""How long a failed rank waits for its host's first rank to say so, before it says it itself: that one may still fetch
+the last samples of other hosts."""
+CAUSE_S = 1.0
+"""How long a host's first rank that has lost another waits for that one's own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ class Meeting:
 
     def cause(self) -> Elsewhere | None:
         """What another rank said before it was lost, with its number; None if it said nothing."""
-        _until(lambda: any(not each["lost"] for each in self._failures()), TELLING_S / 3)
+        _until(lambda: any(not each["lost"] for each in self._failures()), CAUSE_S)
         return self.first_failure() if any(not each["lost"] for each in self._failures()) else None
 
     def forget(self, *key: object) -> None:

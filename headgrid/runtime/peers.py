@@ -274,5 +274,7 @@ def reachable(axis: Axis, device: torch.device) -> bool:
     mine = torch.tensor([int(host_id(), 16)], dtype=torch.int64, device=device)
     if len(set(axis.all_gather(mine, [1] * axis.size).tolist())) > 1:
         return False
-    count = torch.cuda.device_count()
-    return all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)
+    count = torch.cuda.device_count()  # each rank looks at the GPUs that it sees, which may be its own alone
+    able = all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)
+    told = torch.tensor([able and count >= axis.size], dtype=torch.int64, device=device)
+    return all(axis.all_gather(told, [1] * axis.size).tolist())

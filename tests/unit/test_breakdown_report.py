@@ -131,10 +131,18 @@ def test_what_was_not_watched_keeps_the_older_table() -> None:
     design = make_design()
     summary = summary_of(design, records(design), None)
     assert costs.traffic(summary, "prefill", {}) is None
-    summary["breakdown"] = [row for row in summary["breakdown"] if row["label"] != "tp16"]
-    table = costs.traffic(summary, "decode", {})
-    assert table is not None and table.title == "Communication breakdown: decode, arms that were not watched"
-    assert {label for arms, _ in table.groups for label in arms} == {"tp16"}
+    whole = summary["breakdown"]
+    untimed = [
+        {**row, "calls": [{**call, "time_s": None} for call in row["calls"]]} if row["label"] == "tp16" else row
+        for row in whole
+    ]
+    for kept in ([row for row in whole if row["label"] != "tp16"], untimed):
+        table = costs.traffic({**summary, "breakdown": kept}, "decode", {})
+        assert (
+            table is not None
+            and table.title == "Communication breakdown: decode, arms whose calls were not watched and timed"
+        )
+        assert {label for arms, _ in table.groups for label in arms} == {"tp16"}
 
 
 @pytest.mark.parametrize(("stated", "shown"), [(True, "yes"), (False, "NO"), (None, "NO")])

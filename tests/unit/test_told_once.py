@@ -1,16 +1,12 @@
 """What is told of a run once: by rank 0, of contestants, and in the right words."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from test_protocol import BASE, SLOW, a_run
 
 from headgrid.cli import calibrate as command
-from headgrid.experiment import calibrate, runner
+from headgrid.experiment import calibrate
 from headgrid.experiment.breakdown.calls import Call, role
 from headgrid.experiment.cautions import warnings
 from headgrid.experiment.stats import summarise
@@ -82,36 +78,3 @@ def test_notes_of_a_calibration_under_torchrun_are_rank_0_s(
     command.calibrate(None, None, None, None, False)
     said = capsys.readouterr()
     assert ("fewer ranks than cores" in said.out + said.err) == told
-
-
-@contextmanager
-def _joined(backend: str) -> Iterator[None]:
-    yield
-
-
-def _payload_of(rank: int, own: bool, shared: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a rank works on whose command said `own` of breakdowns; rank 0 adds what it shares to `shared`."""
-
-    def share(text: str) -> str:
-        shared[:] = [text] if rank == 0 else shared
-        return shared[0]
-
-    given: list[dict[str, Any]] = []
-    monkeypatch.setattr(launch, "torchrun_rank", lambda: (rank, 2))
-    monkeypatch.setattr(launch, "joined", _joined)
-    monkeypatch.setattr(launch, "share_text", share)
-    monkeypatch.setattr(launch, "call", lambda job, *_: given.append(job.payload))
-    monkeypatch.setattr(runner, "open_run", lambda folder: (SimpleNamespace(backend="gloo"), []))
-    monkeypatch.setattr(runner, "_next_payload", lambda folder: {"design": {"ranks": 2}, "launch": 0})
-    monkeypatch.setattr(runner, "sampling", lambda *_, **__: _joined("gloo"))
-    monkeypatch.setattr(runner, "_progress_of", lambda *_: None)
-    runner.carry_out_joined("gloo", Path, 0, breakdown=own)
-    return given[0]
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_whether_parts_are_watched_is_what_rank_0_was_told(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flag that differs between hosts would leave some ranks in collectives that the others do not call."""
-    shared: list[str] = []
-    assert _payload_of(0, first, shared, monkeypatch)["breakdown"] is first
-    assert _payload_of(1, not first, shared, monkeypatch)["breakdown"] is first

@@ -73,11 +73,11 @@ def block_clocks(run: Run) -> Outcome:
             if record["kind"] != "block":
                 continue
             gap, duration = record["time_s"] - before["time_s"], _duration_s(record)
-            gap -= _untimed_s(record) if record["arm"] in planted else 0.0
             where = f"{segment.where}, block {record['block']} of {record['arm']}"
             yield from _starts(before, record, where)
             if duration > gap + CLOCK_READ_S + CLOCK_READ_S * duration:
                 yield Finding("time.blocks", where, f"took {duration:.4f} s within {gap:.4f} s")
+            gap -= _untimed_s(record) if record["arm"] in planted else 0.0
             if (
                 gap - duration > max(LONGEST_IDLE_S[run.design["device"]], LONGEST_IDLE_SHARE * duration)
                 and before["kind"] == "block"

@@ -53,7 +53,8 @@ def partial(
     first, last, active = _share(position, split, splits, least, window, at_first, at_stride, SEVERAL)
     if split >= active:
         return
-    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    # finite: a guessed block may hold no key, and -inf less -inf is NaN
+    top = tl.full([GROUP_PADDED], -3.0e38, tl.float32)
     norm = tl.zeros([GROUP_PADDED], tl.float32)
     out = tl.zeros([GROUP_PADDED, U_PADDED], tl.float32)
     begin = first

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from headgrid.errors import NotAvailable
-from headgrid.experiment.machine import Machine
 from headgrid.layout.layout import Layout
 from headgrid.layout.memory import Memory, predict
 from headgrid.layout.peers import peers_bytes
@@ -56,15 +55,6 @@ def need(model: ModelSpec, layouts: Sequence[Layout], workload: Workload, device
 
 def _most_for_peers(model: ModelSpec, layout: Layout, workload: Workload) -> int:
     return max(peers_bytes(model, layout, workload, rank) for rank in range(layout.ranks))
-
-
-STEADY = 15 / 16
-"""What is free on a host changes from one look to the next, and each host looks once more before a launch."""
-
-
-def steady(machine: Machine) -> int:
-    """Bytes for a rank that a batch may be chosen for."""
-    return int(machine.free_bytes * (STEADY if machine.device == "cpu" else 1.0))
 
 
 def largest_batch(

@@ -124,7 +124,7 @@ def make(wishes: Wishes) -> tuple[Design, list[str]]:
         check(model, layout, workload, ranks)
     fp8.ensure(model, layouts, machine.device)
     if wishes.batch is None:
-        fits = budget.largest_batch(model, layouts, workload, machine.device, budget.steady(machine), workload.batch)
+        fits = budget.largest_batch(model, layouts, workload, machine.device, machine.free_bytes, workload.batch)
         if 0 < fits < workload.batch:
             notes.append(f"batch {fits} instead of {workload.batch}: the largest that the predicted memory allows")
             workload = dataclasses.replace(workload, batch=fits)
@@ -166,7 +166,9 @@ def recheck(design: Design, *, started: bool = False) -> None:
     machine = look(design.ranks, design.device)
     _ranks(Wishes(ranks=design.ranks, started_ranks=design.ranks if started else None, least_ranks=1), machine)
     fp8.ensure(design.model, design.layouts, design.device)
-    budget.ensure_fits(design.model, design.layouts, design.workload, design.device, machine.free_bytes)
+    # what is free changes from one look to the next: a batch that was chosen a moment ago is not refused for that
+    free_bytes = machine.free_bytes + (machine.free_bytes // 16 if machine.device == "cpu" else 0)
+    budget.ensure_fits(design.model, design.layouts, design.workload, design.device, free_bytes)
 
 
 def _ranks(wishes: Wishes, machine: Machine) -> int:

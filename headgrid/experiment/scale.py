@@ -201,7 +201,7 @@ def _common_batch(first: Design, places: Sequence[_Place]) -> int:
     """
     batch = first.workload.batch
     for place in places:
-        free_bytes = budget.steady(look(place.point.ranks, first.device))
+        free_bytes = look(place.point.ranks, first.device).free_bytes
         limit = max(batch * place.growth, *(layout.dp for layout in place.layouts))
         fits = budget.largest_batch(first.model, place.layouts, first.workload, first.device, free_bytes, limit)
         batch = min(batch, fits // place.growth)
